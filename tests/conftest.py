@@ -1,0 +1,31 @@
+"""Shared fixtures. Test data lies outside the repository; tests that need it skip, saying so, where it is absent."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+torch.set_num_threads(1)  # numeric tests compare runs bit by bit
+
+
+def _outside(variable: str, default: str, what: str) -> Path:
+    folder = Path(os.environ.get(variable, ROOT / ".." / "shared" / default)).resolve()
+    if not folder.is_dir():
+        pytest.skip(f"{what} not found at {folder}; set {variable} to its folder")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def golden_dir() -> Path:
+    """Folder of reference vectors (*.npz), from VMJEPA_GOLDEN."""
+    return _outside("VMJEPA_GOLDEN", "golden", "golden vectors")
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> Path:
+    """Folder of real clips (actions/, zoo/), from VMJEPA_DATA."""
+    return _outside("VMJEPA_DATA", "data", "real clips")

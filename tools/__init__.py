@@ -1,0 +1,1 @@
+"""Command-line tools for work outside training: sharding, the demo set, benchmarks."""

@@ -1,0 +1,1 @@
+"""Frozen evaluations: probes on the target encoder's tokens."""

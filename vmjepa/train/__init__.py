@@ -1,0 +1,1 @@
+"""Pretraining: the loop, the DeepSpeed engine, schedules, checkpoints and metrics."""
