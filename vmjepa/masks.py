@@ -142,9 +142,7 @@ class GlobalMask:
         return StepMask(context.to(device), target.to(device), int(self.target.sum()))
 
 
-def draw_mask(
-    spec: MaskSpec, grid: Grid, samples: int, seed: int, step: int, number: int, truncate: str
-) -> GlobalMask:
+def draw_mask(spec: MaskSpec, grid: Grid, samples: int, seed: int, step: int, number: int, truncate: str) -> GlobalMask:
     """Mask `number` of a step, for the whole global batch.
 
     Args:

@@ -1,0 +1,108 @@
+"""Process group set-up and the few collectives the trainer needs, on gloo (CPU) or NCCL (GPU)."""
+
+from __future__ import annotations
+
+import datetime
+import logging
+import os
+import socket
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from vmjepa.errors import ConfigError
+
+_LAUNCH_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+
+@dataclass(frozen=True)
+class World:
+    """This process's place among all processes of the run."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+
+def init_world(device: str | None = None) -> World:
+    """Joins the processes that torchrun started, or makes a world of one when none did.
+
+    Args:
+        device: "cpu", "cuda:1", …; None picks cuda:LOCAL_RANK when there is a GPU.
+
+    Raises:
+        ConfigError: when only some of torchrun's variables are set (a world of one would then train N times
+            independently), or the processes cannot find each other.
+    """
+    launched = [name for name in _LAUNCH_VARIABLES if name in os.environ]
+    if not launched:
+        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=_free_port())
+    elif len(launched) < len(_LAUNCH_VARIABLES):
+        missing = ", ".join(sorted(set(_LAUNCH_VARIABLES) - set(launched)))
+        raise ConfigError(
+            f"the environment has {', '.join(launched)} but not {missing}; start all ranks with torchrun, or unset them"
+        )
+    local_rank = int(os.environ["LOCAL_RANK"])
+    chosen = torch.device(device or (f"cuda:{local_rank}" if torch.cuda.is_available() else "cpu"))
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
+    _start_deepspeed(chosen, int(os.environ["WORLD_SIZE"]))
+    return World(dist.get_rank(), dist.get_world_size(), chosen)
+
+
+def _start_deepspeed(device: torch.device, size: int) -> None:
+    """Initialises DeepSpeed's process group without compiling anything.
+
+    DeepSpeed's CPU start-up builds a shared-memory op with a compiler; a killed build leaves a lock on which the next
+    process hangs. Gloo's own collectives serve, so the op is declared unavailable first.
+    """
+    os.environ.setdefault("DS_ACCELERATOR", device.type)
+    import deepspeed
+    from deepspeed.ops import __compatible_ops__ as compatible_ops
+    from deepspeed.utils import logger
+
+    logger.setLevel(logging.WARNING)
+    compatible_ops["deepspeed_shm_comm"] = False
+    if dist.is_initialized():
+        return
+    try:
+        deepspeed.init_distributed(
+            dist_backend="nccl" if device.type == "cuda" else "gloo",
+            auto_mpi_discovery=False,
+            timeout=datetime.timedelta(minutes=30),
+            verbose=False,
+        )
+    except (RuntimeError, ValueError, dist.DistNetworkError) as error:
+        raise ConfigError(
+            f"rank {os.environ['RANK']} of {size} could not join the others at {os.environ['MASTER_ADDR']}:"
+            f"{os.environ['MASTER_PORT']} ({error}); check that every rank was started and can reach that address"
+        ) from error
+
+
+def _free_port() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
+
+
+def sum_over_ranks(values: Tensor) -> Tensor:
+    """All-reduced sum, in place; returns `values`."""
+    if dist.get_world_size() > 1:
+        dist.all_reduce(values)
+    return values
+
+
+def max_over_ranks(value: int, device: torch.device) -> int:
+    """The largest `value` of all ranks."""
+    tensor = torch.tensor([value], device=device)
+    if dist.get_world_size() > 1:
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+    return int(tensor.item())
+
+
+def barrier() -> None:
+    """Waits for all ranks."""
+    if dist.get_world_size() > 1:
+        dist.barrier()
