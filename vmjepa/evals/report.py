@@ -1,0 +1,126 @@
+"""What an evaluation found, as JSON, as a table and as one plain sentence per probe."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from rich.table import Table
+
+
+@dataclass(frozen=True)
+class ProbeResult:
+    """One trained probe. encoder: "pretrained" or "random"; accuracy = correct / total on the validation videos."""
+
+    encoder: str
+    single_frame: bool
+    probe: str
+    seed: int
+    correct: int
+    total: int
+    train_accuracy: float
+
+    @property
+    def accuracy(self) -> float:
+        """Share of validation videos classified right."""
+        return self.correct / self.total
+
+
+@dataclass(frozen=True)
+class Chance:
+    """What needs no video: guessing evenly, and always naming the commonest label of the validation set."""
+
+    uniform: float
+    majority: float
+
+
+def summarize(results: Sequence[ProbeResult]) -> list[dict[str, Any]]:
+    """Mean and standard deviation over the seeds for every probe, input and encoder, in order of first appearance."""
+    groups: dict[tuple[str, bool, str], list[ProbeResult]] = {}
+    for result in results:
+        groups.setdefault((result.probe, result.single_frame, result.encoder), []).append(result)
+    rows = []
+    for (probe, single_frame, encoder), members in groups.items():
+        accuracies = [member.accuracy for member in members]
+        mean = sum(accuracies) / len(accuracies)
+        deviation = math.sqrt(sum((a - mean) ** 2 for a in accuracies) / max(1, len(accuracies) - 1))
+        rows.append(
+            {
+                "probe": probe,
+                "single_frame": single_frame,
+                "encoder": encoder,
+                "mean": mean,
+                "deviation": deviation,
+                "seeds": len(members),
+                "videos": members[0].total,
+            }
+        )
+    return rows
+
+
+def standard_error(row: Mapping[str, Any]) -> float:
+    """Standard error of a row's mean: drawing of the validation videos (binomial) and of the probe's seed, added.
+
+    It takes validation videos for independent; where they share scenes or pictures the truth is wider.
+    """
+    drawn = row["mean"] * (1 - row["mean"]) / row["videos"]
+    return math.sqrt(drawn + row["deviation"] ** 2 / row["seeds"])
+
+
+def verdict(pretrained: Mapping[str, Any], random: Mapping[str, Any]) -> str:
+    """Whether pretraining helped: a difference counts when it exceeds two standard errors."""
+    gain = pretrained["mean"] - random["mean"]
+    margin = 2 * math.hypot(standard_error(pretrained), standard_error(random))
+    found = "no clear difference" if abs(gain) <= margin else "better" if gain > 0 else "worse"
+    comparison = "from" if found == "no clear difference" else "than"
+    return f"{found} {comparison} random ({100 * gain:+.1f} points, {100 * margin:.1f} needed)"
+
+
+def verdicts(results: Sequence[ProbeResult]) -> dict[str, str]:
+    """A verdict per probe kind on whole clips, where both encoders were probed."""
+    rows = {(row["probe"], row["encoder"]): row for row in summarize(results) if not row["single_frame"]}
+    kinds = dict.fromkeys(kind for kind, _ in rows)
+    return {
+        kind: verdict(rows[kind, "pretrained"], rows[kind, "random"])
+        for kind in kinds
+        if {(kind, "pretrained"), (kind, "random")} <= rows.keys()
+    }
+
+
+def as_json(results: Sequence[ProbeResult], chance: Chance) -> dict[str, Any]:
+    """The figures of results.json."""
+    return {
+        "chance": asdict(chance),
+        "verdict": verdicts(results),
+        "summary": summarize(results),
+        "probes": [{**asdict(result), "accuracy": result.accuracy} for result in results],
+    }
+
+
+def as_table(results: Sequence[ProbeResult], chance: Chance, title: str) -> Table:
+    """Pretrained beside random, a row per probe kind and input, validation accuracy in per cent."""
+    rows = {(row["probe"], row["single_frame"], row["encoder"]): row for row in summarize(results)}
+    encoders = list(dict.fromkeys(encoder for _, _, encoder in rows))
+    table = Table(title=title, title_justify="left")
+    table.add_column("probe")
+    table.add_column("sees")
+    for encoder in encoders:
+        table.add_column(f"{encoder} encoder", justify="right")
+    table.add_column("pretraining")
+    judged = verdicts(results)
+    for probe, single_frame in dict.fromkeys((probe, single_frame) for probe, single_frame, _ in rows):
+        cells = [_cell(rows.get((probe, single_frame, encoder))) for encoder in encoders]
+        last = "" if single_frame else judged.get(probe, "")
+        table.add_row(probe, "one frame" if single_frame else "whole clip", *cells, last)
+    guess = f"{100 * chance.uniform:.1f} %"
+    table.add_row("guessing", "nothing", *[guess] * len(encoders), f"commonest label: {100 * chance.majority:.1f} %")
+    return table
+
+
+def _cell(row: Mapping[str, Any] | None) -> str:
+    if row is None:
+        return ""
+    spread = f" ± {100 * row['deviation']:.1f}" if row["seeds"] > 1 else ""
+    return f"{100 * row['mean']:.1f}{spread} %"
