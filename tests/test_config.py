@@ -215,7 +215,13 @@ def leaves(raw: Any, prefix: str = "") -> dict[str, Any]:
 
 # --- files of the originals -------------------------------------------------------------------------------------------
 
-NO_NOTICE_NEUTRAL = {"data_aug.auto_augment", "data_aug.motion_shift", "data_aug.reprob", "data.mask_type"}
+NO_NOTICE_NEUTRAL = {
+    "data.clip_duration",
+    "data_aug.auto_augment",
+    "data_aug.motion_shift",
+    "data_aug.reprob",
+    "data.mask_type",
+}
 
 
 @pytest.mark.parametrize(

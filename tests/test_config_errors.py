@@ -68,6 +68,7 @@ WRONG_PRETRAIN = [
     ("data.datasets.0", 3, "given 3, expected text"),
     ("data.dataset_type", "tape", "given 'tape' (text), expected one of 'VideoDataset' or 'shards'"),
     ("data.mask_type", "tube", "'tube' (text) is not supported yet; set it to 'multiblock3d' (text) or remove the key"),
+    ("data.clip_duration", 2.0, "2.0 is not supported yet; set it to null or remove the key"),
     ("data.max_bad_fraction", 2, "given 2, expected at most 1"),
     ("data_aug.auto_augment", True, "true is not supported yet; set it to false or remove the key"),
     ("data_aug.motion_shift", True, "true is not supported yet; set it to false or remove the key"),

@@ -64,7 +64,7 @@ class DataSection(Section):
         "dataset_weights": "datasets are mixed by their number of videos",
         "log_resource_utilization": "data waiting time and memory are always logged",
     }
-    unsupported: ClassVar[dict[str, Any]] = {"mask_type": "multiblock3d"}
+    unsupported: ClassVar[dict[str, Any]] = {"mask_type": "multiblock3d", "clip_duration": None}
 
     datasets: Paths
     """CSV files of `path label` rows, or shard folders (known by their dataset.json, whatever dataset_type says)."""
@@ -90,8 +90,6 @@ class DataSection(Section):
     """Decode threads per rank."""
     filter_short_videos: bool = False
     """Leave out videos shorter than one clip (otherwise their last frame is repeated)."""
-    clip_duration: Positive | None = None
-    """Length of a clip in seconds; sets the frame distance from each video's frame rate instead of sampling_rate."""
     decoder: Decoder = "auto"
     """Ours. auto: DALI on a GPU, and PyAV on the CPU."""
     shuffle_window: Count = 16
