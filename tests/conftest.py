@@ -29,3 +29,15 @@ def golden_dir() -> Path:
 def data_dir() -> Path:
     """Folder of real clips (actions/, zoo/), from VMJEPA_DATA."""
     return _outside("VMJEPA_DATA", "data", "real clips")
+
+
+@pytest.fixture(scope="session")
+def single_world():
+    """A world of one rank on the CPU, inside the test process."""
+    from vmjepa.train.distributed import init_world
+
+    before = dict(os.environ)
+    world = init_world("cpu")
+    os.environ.clear()  # else commands started by other tests would take themselves for ranks
+    os.environ.update(before)
+    return world

@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from vmjepa.config import EvalConfig, PretrainConfig, load_eval, load_pretrain
+from vmjepa.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parent.parent
 PRETRAIN_FILES = sorted((ROOT / "configs/pretrain").glob("*.yaml"))
@@ -215,7 +216,7 @@ def leaves(raw: Any, prefix: str = "") -> dict[str, Any]:
 
 # --- files of the originals -------------------------------------------------------------------------------------------
 
-NO_NOTICE_NEUTRAL = {
+NO_NOTICE_NEUTRAL = {"model.use_mask_tokens", 
     "data.clip_duration",
     "data_aug.auto_augment",
     "data_aug.motion_shift",
@@ -400,3 +401,11 @@ def test_config_does_not_import_torch():
     """A login node checks configs and submits jobs without it."""
     code = "import sys, vmjepa.config; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+
+
+def test_the_global_batch_is_split_over_ranks_and_micro_batches():
+    cfg = load_pretrain(ROOT / "configs/pretrain/videomamba_tiny_16x224.yaml", ["data.global_batch_size=24"])
+    parts = cfg.optimization.accumulation_steps
+    assert cfg.micro_batch(2) * 2 * parts == cfg.global_batch(2) == 24
+    with pytest.raises(ConfigError, match=rf"24 videos do not divide by 7 ranks x {parts} .*multiple of {7 * parts}"):
+        cfg.micro_batch(7)

@@ -34,6 +34,7 @@ from vmjepa.config_sections import (
     MonitorSection,
     OptimizationSection,
 )
+from vmjepa.errors import ConfigError
 
 __all__ = ["EvalConfig", "MaskConfig", "PretrainConfig", "load_eval", "load_pretrain"]
 
@@ -107,9 +108,25 @@ class PretrainConfig(_Config):
         """Optimizer steps of the run."""
         return self.optimization.epochs * self.optimization.ipe
 
+    def micro_batch(self, world: int) -> int:
+        """Videos per rank in one micro-batch on `world` ranks.
+
+        Raises:
+            ConfigError: when data.global_batch_size does not divide by ranks x accumulation_steps.
+        """
+        total, parts = self.data.global_batch_size, world * self.optimization.accumulation_steps
+        if total is None:
+            return self.data.batch_size
+        if total % parts:
+            raise ConfigError(
+                f"data.global_batch_size: {total} videos do not divide by {world} ranks x "
+                f"{self.optimization.accumulation_steps} accumulation steps; use a multiple of {parts}, or other ranks"
+            )
+        return total // parts
+
     def global_batch(self, world: int) -> int:
         """Videos per optimizer step on `world` ranks."""
-        return self.data.batch_size * world * self.optimization.accumulation_steps
+        return self.micro_batch(world) * world * self.optimization.accumulation_steps
 
 
 class EvalConfig(_Config):

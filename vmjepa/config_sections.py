@@ -72,6 +72,8 @@ class DataSection(Section):
     """VideoDataset: CSVs of loose files; shards: folders written by the shard tool."""
     batch_size: Count
     """Videos per rank in one micro batch; the global batch is batch_size x ranks x accumulation_steps."""
+    global_batch_size: Count | None = None
+    """Ours. Videos per optimizer step over all ranks; when given, it decides, and batch_size is ignored."""
     num_clips: Count = 1
     """Clips cut from each video."""
     num_frames: Count = 16
@@ -185,7 +187,7 @@ class ModelSection(Section):
     """Encoder and predictor."""
 
     unused: ClassVar[dict[str, str]] = {"pred_head_dim": "model.pred_num_heads sets the predictor's attention heads"}
-    unsupported: ClassVar[dict[str, Any]] = {"in_chans": 3}
+    unsupported: ClassVar[dict[str, Any]] = {"in_chans": 3, "use_mask_tokens": True}
 
     model_name: ModelName
     """The encoder; *_custom takes its size from embed_dim, depth and num_heads."""
@@ -195,8 +197,6 @@ class ModelSection(Section):
     """Width of the predictor."""
     uniform_power: bool = True
     """Give time, rows and columns equal shares of the position embedding (otherwise 1/2, 1/4, 1/4)."""
-    use_mask_tokens: bool = True
-    """Start predictions from learned mask tokens."""
     zero_init_mask_tokens: bool = True
     """Start mask tokens at zero (otherwise like weights)."""
     embed_dim: Count | None = None

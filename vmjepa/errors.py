@@ -7,9 +7,11 @@ config, bad data, unusable checkpoint); anything else is a crash.
 from __future__ import annotations
 
 import errno
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import NoReturn
 
 EXIT_REQUEUE = 85
 EXIT_NEVER_RETRY = 93
@@ -60,11 +62,14 @@ def handle_errors() -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
+        _stop(error)
     except OSError as error:
         if error.errno not in _OS_REMEDIES:
             raise
-        translated = storage_error(error, "could not finish")
-        print(f"error: {translated}", file=sys.stderr)
-        sys.exit(translated.exit_code)
+        _stop(storage_error(error, "could not finish"))
+
+
+def _stop(error: UserError) -> NoReturn:
+    rank = f" (rank {os.environ['RANK']})" if os.environ.get("WORLD_SIZE", "1") != "1" and "RANK" in os.environ else ""
+    print(f"error{rank}: {error}", file=sys.stderr, flush=True)
+    sys.exit(error.exit_code)

@@ -136,10 +136,15 @@ class GlobalMask:
     context: np.ndarray
     target: np.ndarray
 
-    def rows(self, rows: np.ndarray, device: torch.device | str = "cpu") -> StepMask:
-        """The part of one micro-batch. rows: int (b,), positions in the global batch."""
+    def rows(self, rows: np.ndarray, device: torch.device | str = "cpu", clips: int = 1) -> StepMask:
+        """The part of one micro-batch.
+
+        Args:
+            rows: int (b,), positions in the global batch, repeated when a video gives several clips.
+            clips: clips per video; all of them share their video's mask.
+        """
         context, target = token_set(self.context[rows]), token_set(self.target[rows])
-        return StepMask(context.to(device), target.to(device), int(self.target.sum()))
+        return StepMask(context.to(device), target.to(device), int(self.target.sum()) * clips)
 
 
 def draw_mask(spec: MaskSpec, grid: Grid, samples: int, seed: int, step: int, number: int, truncate: str) -> GlobalMask:

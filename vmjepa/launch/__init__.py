@@ -1,0 +1,1 @@
+"""Starting work: local launches. Nothing at import time needs torch, so a login node can use this package."""

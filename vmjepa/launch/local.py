@@ -1,0 +1,72 @@
+"""Local launch: one process per device of this machine, through torchrun's own launcher."""
+
+from __future__ import annotations
+
+import os
+import sys
+import uuid
+
+from vmjepa.errors import EXIT_REQUEUE, ConfigError
+
+_DEVICES = "VMJEPA_DEVICES"
+
+
+def is_rank() -> bool:
+    """True inside a process that torchrun (or this launcher) started."""
+    return "RANK" in os.environ
+
+
+def rank_device() -> str | None:
+    """The device the launcher chose for this rank; None leaves the choice to the rank."""
+    devices = os.environ.get(_DEVICES)
+    return devices.split(",")[int(os.environ.get("LOCAL_RANK", "0"))] if devices else None
+
+
+def launch(devices: list[str], arguments: list[str]) -> int:
+    """Runs `python -m vmjepa.cli ARGUMENTS` once per device and waits.
+
+    Returns:
+        0 when all ranks succeed, else the exit code of the rank that failed first (85 stays 85, 93 stays 93).
+
+    Raises:
+        ConfigError: when a device name is none, is named twice (CPU excepted), or is not there.
+    """
+    check_devices(devices)
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=len(devices),
+        run_id=uuid.uuid4().hex,
+        rdzv_backend="c10d",
+        rdzv_endpoint="127.0.0.1:0",
+        max_restarts=0,
+    )
+    os.environ[_DEVICES] = ",".join(devices)
+    try:
+        elastic_launch(config, sys.executable)("-m", "vmjepa.cli", *arguments)
+    except ChildFailedError as failure:
+        rank, first = failure.get_first_failure()
+        code = first.exitcode
+        if code != EXIT_REQUEUE:
+            print(f"error: rank {rank} ({devices[rank]}) ended first, with exit code {code}", file=sys.stderr)
+        return code if 0 < code < 256 else 1
+    return 0
+
+
+def check_devices(devices: list[str]) -> None:
+    """Raises ConfigError unless every name is `cpu` or a GPU that exists, each GPU once, and all of one kind."""
+    import torch
+
+    for name in devices:
+        kind, _, index = name.partition(":")
+        if kind not in ("cpu", "cuda") or (index and not index.isdecimal()) or (kind == "cuda" and not index):
+            raise ConfigError(f"--devices: {name!r} is no device; name cpu, or GPUs such as cuda:0 cuda:1")
+        if kind == "cuda" and int(index) >= torch.cuda.device_count():
+            raise ConfigError(f"--devices: there is no {name} here ({torch.cuda.device_count()} GPUs visible)")
+        if kind == "cuda" and devices.count(name) > 1:
+            raise ConfigError(f"--devices: {name} is named twice; give each rank a GPU of its own")
+    if len({name.partition(":")[0] for name in devices}) > 1:
+        raise ConfigError(f"--devices: {' '.join(devices)} mixes CPU and GPUs; name devices of one kind")
