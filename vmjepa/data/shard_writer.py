@@ -33,7 +33,7 @@ def _padding(size: int) -> int:
 
 
 class ShardWriter:
-    """Writes a tar at `path`, to be published under `name`. A context manager; call `finish` when all is in."""
+    """Writes a tar at `path`, to be published under `name`. Call `finish` when all is in, and `close` in any case."""
 
     def __init__(self, path: Path, name: str) -> None:
         self.path, self.name = path, name
@@ -41,12 +41,9 @@ class ShardWriter:
         self.size = 0
         self._index: list[str] = []
         self._digest = hashlib.sha256()
-        self._file: BinaryIO = open(path, "wb")  # noqa: SIM115 - closed by __exit__
+        self._file: BinaryIO = open(path, "wb")  # noqa: SIM115 - closed by close()
 
-    def __enter__(self) -> ShardWriter:
-        return self
-
-    def __exit__(self, *_: object) -> None:
+    def close(self) -> None:
         self._file.close()
 
     @staticmethod
