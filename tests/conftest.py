@@ -32,12 +32,22 @@ def data_dir() -> Path:
 
 
 @pytest.fixture(scope="session")
-def single_world():
-    """A world of one rank on the CPU, inside the test process."""
+def _joined_world():
+    """Joins a world of one rank once; returns it and the variables that name it."""
     from vmjepa.train.distributed import init_world
 
     before = dict(os.environ)
     world = init_world("cpu")
+    names = {name: value for name, value in os.environ.items() if before.get(name) != value}
     os.environ.clear()  # else commands started by other tests would take themselves for ranks
     os.environ.update(before)
+    return world, names
+
+
+@pytest.fixture
+def single_world(_joined_world, monkeypatch):
+    """A world of one rank on the CPU, inside the test process."""
+    world, names = _joined_world
+    for name, value in names.items():
+        monkeypatch.setenv(name, value)
     return world

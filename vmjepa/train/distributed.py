@@ -55,16 +55,15 @@ def init_world(device: str | None = None) -> World:
 def _start_deepspeed(device: torch.device, size: int) -> None:
     """Initialises DeepSpeed's process group without compiling anything.
 
-    DeepSpeed's CPU start-up builds a shared-memory op with a compiler; a killed build leaves a lock on which the next
-    process hangs. Gloo's own collectives serve, so the op is declared unavailable first.
+    DeepSpeed's CPU start-up probes every op with the compiler and builds a shared-memory one; a killed build leaves a
+    lock on which the next process hangs. Gloo's own collectives serve, so no op is declared buildable first.
     """
     os.environ.setdefault("DS_ACCELERATOR", device.type)
     import deepspeed
-    from deepspeed.ops import __compatible_ops__ as compatible_ops
     from deepspeed.utils import logger
 
     logger.setLevel(logging.WARNING)
-    compatible_ops["deepspeed_shm_comm"] = False
+    deepspeed.ops.__compatible_ops__ = {}
     if dist.is_initialized():
         return
     try:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import logging
 import time
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -53,7 +54,7 @@ class Trainer:
     def __init__(self, cfg: PretrainConfig, world: World):
         self.cfg, self.world = cfg, world
         self.run_dir = RunDir(cfg.logging.folder)
-        self._prepare_run_dir()
+        self._resume_from = self._find_checkpoint()
         opt = cfg.optimization
         self.schedule = Schedule(
             opt.ipe, opt.epochs, opt.warmup, opt.ipe_scale, opt.start_lr, opt.lr, opt.final_lr,
@@ -66,22 +67,25 @@ class Trainer:
         self._build_model()
         self.loader = train_loader(cfg, datasets, world.rank, world.size, self.done, world.device)
         self.batches = iter(self.loader)
+        self._prepare_run_dir()  # last, so that a run that cannot start leaves an earlier one as it was
         self.metrics = MetricsWriter(self.run_dir, world.rank == 0, cfg.monitor.tensorboard, self.done)
         self.control = control.Control(self.run_dir.control, world)
         self._replaced = 0
 
-    def _prepare_run_dir(self) -> None:
+    def _find_checkpoint(self) -> Path | None:
         found = checkpoint.latest(self.run_dir.root)
         if found is not None and not self.cfg.meta.load_checkpoint:
             raise ConfigError(
                 f"meta.load_checkpoint is false, but {self.run_dir.checkpoints} holds {found.name}, which a new run would "
                 "overwrite; set it to true to resume, or choose another logging.folder"
             )
-        self._resume_from = found
+        return found
+
+    def _prepare_run_dir(self) -> None:
         barrier()
         if self.world.rank == 0:
             self.run_dir.create()
-            changed = _changed_keys(self.run_dir, self.cfg) if found else []
+            changed = _changed_keys(self.run_dir, self.cfg) if self._resume_from else []
             if changed:
                 log.warning("resuming with a changed config: %s", ", ".join(changed))
             attempt = self.run_dir.next_attempt()
