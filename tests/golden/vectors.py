@@ -33,7 +33,8 @@ class Vectors:
 
     def case(self, number: int) -> str:
         """The prefix of a numbered case, however many digits its name pads the number to."""
-        return next(f"{head}/" for head in (name.split("/")[0] for name in self.names("case")) if int(head[4:]) == number)
+        heads = {name.split("/")[0] for name in self.names("case")}
+        return next(f"{head}/" for head in heads if int(head.removeprefix("case")) == number)
 
     def strings(self, name: str) -> list[str]:
         """An array of text."""
@@ -58,7 +59,7 @@ def assert_grad(actual: torch.Tensor | None, expected: torch.Tensor, tolerance: 
     assert actual.shape == expected.shape, f"{name}: shape {tuple(actual.shape)} instead of {tuple(expected.shape)}"
     scale = expected.double().abs().max().item()
     error = (actual.double() - expected.double()).abs().max().item()
-    assert error <= tolerance * scale, f"{name}: differs by {error / scale:.3g} of its maximum, more than {tolerance:.1g}"
+    assert error <= tolerance * scale, f"{name}: differs by {error / scale:.3g} of its maximum, above {tolerance:.1g}"
 
 
 def assert_module_grads(module: torch.nn.Module, vectors: Vectors, prefix: str, tolerance: float) -> None:

@@ -74,7 +74,7 @@ class RMSNorm(nn.Module):
 
 
 class DropPath(nn.Module):
-    """In training drops a whole branch per sample with probability `rate` and scales what stays (Huang et al., 2016)."""
+    """In training drops a sample's whole branch with probability `rate` and scales what stays (Huang et al., 2016)."""
 
     def __init__(self, rate: float) -> None:
         super().__init__()
@@ -99,7 +99,7 @@ def lengths_of(context: TokenSet | None) -> Tensor | None:
 
 
 def key_mask(*sets: TokenSet) -> Tensor | None:
-    """Attention mask (B, 1, 1, sum of K), True at real tokens of the sets side by side; None where nothing is padded."""
+    """Attention mask (B, 1, 1, sum of K), True at real tokens of the sets in a row; None where nothing is padded."""
     if all(tokens.lengths is None for tokens in sets):
         return None
     real = [torch.ones_like(s.index, dtype=torch.bool) if (r := s.real()) is None else r for s in sets]
@@ -114,10 +114,15 @@ def run_block(block: nn.Module, use_checkpoint: bool, *inputs: Any) -> Any:
 
 
 def trunc_normal_(weight: Tensor, std: InitStd) -> None:
-    """Normal(0, std) cut at +-2 (absolute, as the originals do). std None: 0.02; "fan_in": 0.64 / sqrt(fan in)."""
+    """Normal(0, std) cut at +-2, absolute as in the originals. std None: 0.02; "fan_in": 0.64 / sqrt(fan in).
+
+    torch's own trunc_normal_ inverts a uniform draw, which is rarely exactly 0: that weight becomes -2, 100 deviations
+    out. At these deviations a clamped normal is the same distribution without it.
+    """
     if std == "fan_in":
         std = 0.64 / math.sqrt(weight[0].numel())
-    nn.init.trunc_normal_(weight, std=0.02 if std is None else float(std))
+    with torch.no_grad():
+        weight.normal_(0.0, 0.02 if std is None else float(std)).clamp_(-2.0, 2.0)
 
 
 def init_linears(module: nn.Module, std: InitStd, kinds: Iterable[type[nn.Module]] = (nn.Linear,)) -> None:
@@ -135,4 +140,3 @@ def init_linears(module: nn.Module, std: InitStd, kinds: Iterable[type[nn.Module
 def drop_path_rates(rate: float, depth: int) -> list[float]:
     """Rates rising linearly from 0 at the first of `depth` blocks to `rate` at the last."""
     return torch.linspace(0, rate, depth).tolist()
-

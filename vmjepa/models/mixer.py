@@ -1,7 +1,7 @@
 """The bidirectional Mamba mixer of Vim and VideoMamba, both directions in one convolution and one scan, and its block.
 
-With [x | z] = in_proj(u), each direction runs convolution, projections and scan with its own parameters, the backward one
-(names ending in _b) on the time-reversed x:
+With [x | z] = in_proj(u), each direction runs convolution, projections and scan with its own parameters, the backward
+one (names with _b) on the time-reversed x:
 
     out = out_proj((y_forward + reversed(y_backward)) * SiLU(z))
 
@@ -80,8 +80,8 @@ class BiMamba(nn.Module):
         return y
 
     def _both(self, forward: Tensor, backward: Tensor) -> Tensor:
-        """The two directions' parameters stacked. Under ZeRO-3 parameters of submodules that are never called themselves
-        are gathered only for the module they are registered with: this one."""
+        """The two directions' parameters stacked. Under ZeRO-3 parameters of submodules that are never called are
+        gathered only for the module they are registered with: this one."""
         for parameter in (forward, backward):
             if hasattr(parameter, "ds_id"):
                 import deepspeed
@@ -93,7 +93,7 @@ class BiMamba(nn.Module):
     def reset_parameters(self, depth: int, dt_init: str, std: InitStd) -> None:
         """Initial weights in a network of `depth` blocks: Linears truncated normal, out_proj uniform / sqrt(depth).
 
-        dt_init "mamba": Mamba's own, so that steps start between 0.001 and 0.1 and memories reach over tens to thousands
+        dt_init "mamba": Mamba's own, so that steps start between 0.001 and 0.1 and memories reach over tens to hundreds
         of tokens. "official": VideoMamba's generic rule, which leaves the bias at 0 and so a step of 0.69: a token is
         forgotten after one or two others.
         """

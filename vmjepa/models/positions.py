@@ -1,7 +1,7 @@
 """Fixed sin-cos position tables, as V-JEPA uses them.
 
-An axis with m columns has the frequencies base^(-k / (m/2)), k = 0 .. m/2-1: first all sines, then all cosines. Tables are
-float64, rows in raster order (time, then row, then column); models store them as float32.
+An axis with m columns has the frequencies base^(-k / (m/2)), k = 0 .. m/2-1: first all sines, then all cosines. Tables
+are float64, rows in raster order (time, then row, then column); models store them as float32.
 """
 
 from __future__ import annotations
@@ -43,13 +43,13 @@ def sincos_3d(
     axes = torch.meshgrid(torch.arange(t), torch.arange(h), torch.arange(w), indexing="ij")
     table = torch.cat([sincos_1d(m, axis.flatten(), base) for m, axis in zip(widths, axes, strict=True)], dim=1)
     if table.shape[1] < dim:
-        raise ConfigError(f"width {dim} does not split into dim/2 + dim/4 + dim/4; use a multiple of 8 or uniform_power")
+        raise ConfigError(f"width {dim} does not split into 1/2 + 1/4 + 1/4; use a multiple of 8, or uniform_power")
     table = table[:, :dim]
     return torch.cat([table.new_zeros(1, dim), table]) if cls_token else table
 
 
 def resize_positions(table: torch.Tensor, old: tuple[int, int, int], new: tuple[int, int, int]) -> torch.Tensor:
-    """A table (1, N, dim) for the grid `old` resized to the grid `new`, both (t, h, w): trilinear, corners not aligned."""
+    """A table (1, N, dim) of grid `old` (t, h, w) resized to grid `new`: trilinear, corners not aligned."""
     if old == new:
         return table
     grid = table.view(1, *old, -1).permute(0, 4, 1, 2, 3)

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from vmjepa.errors import ConfigError
@@ -38,7 +39,7 @@ def choose_backend(device: torch.device, backend: str | None = None) -> str:
     """
     asked = backend or os.environ.get("VMJEPA_SCAN") or None
     if asked is not None and asked not in BACKENDS:
-        raise ConfigError(f"selective scan backend {asked!r} is unknown; use one of {', '.join(BACKENDS)} (VMJEPA_SCAN)")
+        raise ConfigError(f"selective scan backend {asked!r} is unknown; use one of {', '.join(BACKENDS)}")
     chosen = asked or ("cpu" if device.type == "cpu" else "mamba-ssm")
     if chosen == "mamba-ssm" and device.type != "cuda":
         raise ConfigError(f"selective scan backend mamba-ssm needs CUDA tensors, not {device.type}; unset VMJEPA_SCAN")
@@ -49,18 +50,18 @@ def choose_backend(device: torch.device, backend: str | None = None) -> str:
 
 
 def selective_scan(
-    u: torch.Tensor,
-    delta: torch.Tensor,
-    A: torch.Tensor,
-    B: torch.Tensor,
-    C: torch.Tensor,
-    D: torch.Tensor | None = None,
-    z: torch.Tensor | None = None,
-    delta_bias: torch.Tensor | None = None,
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    delta_bias: Tensor | None = None,
     delta_softplus: bool = False,
     return_last_state: bool = False,
     backend: str | None = None,
-) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+) -> Tensor | tuple[Tensor, Tensor]:
     """Scans u along its last axis; the arguments are those of mamba-ssm's selective_scan_fn.
 
     u, delta, z: (batch, dim, L). A: (dim, n), real, negative. B, C: (batch, G, n, L) where channel k uses group
@@ -84,15 +85,15 @@ def selective_scan(
 
 
 def causal_conv1d(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None = None,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
     activation: str | None = "silu",
     backend: str | None = None,
-) -> torch.Tensor:
+) -> Tensor:
     """Depthwise convolution along the last axis that looks only back, then SiLU (or nothing: activation None).
 
-    x: (batch, dim, L), taken as zero before its start. weight: (dim, width); its last column multiplies the current step.
+    x: (batch, dim, L), zero before its start. weight: (dim, width); its last column multiplies the current step.
     """
     if activation not in ("silu", None):
         raise ValueError(f"causal_conv1d: activation {activation!r} is not one of 'silu', None")
@@ -107,7 +108,7 @@ def causal_conv1d(
         return y.to(x.dtype)
 
 
-def _check_groups(dim: int, B: torch.Tensor, C: torch.Tensor) -> int:
+def _check_groups(dim: int, B: Tensor, C: Tensor) -> int:
     """Number of groups of B and C. The CUDA kernel reads out of bounds when it does not divide dim, so check here."""
     groups = {t.shape[1] for t in (B, C) if t.dim() == 4} or {1}
     count = max(groups)
@@ -123,26 +124,26 @@ def _import_kernel(module: str, compiled: str) -> ModuleType:
     try:
         importlib.import_module(compiled)
         return importlib.import_module(module)
-    except Exception as error:  # these packages raise whatever their build left behind: ImportError, OSError, AttributeError
+    except Exception as error:  # a build for another PyTorch raises all kinds: ImportError, OSError, AttributeError
         raise ConfigError(
-            f"the compiled Mamba kernel {compiled} cannot be imported ({type(error).__name__}: {error}); install mamba-ssm "
-            "and causal-conv1d built for this PyTorch and CUDA (the CUDA image has them), run on the CPU, "
+            f"the compiled Mamba kernel {compiled} cannot be imported ({type(error).__name__}: {error}); install "
+            "mamba-ssm and causal-conv1d built for this PyTorch and CUDA (the CUDA image has them), run on the CPU, "
             "or set VMJEPA_SCAN=cpu to use the slow reference on the GPU"
         ) from error
 
 
 def _scan_cpu(
-    u: torch.Tensor,
-    delta: torch.Tensor,
-    A: torch.Tensor,
-    B: torch.Tensor,
-    C: torch.Tensor,
-    D: torch.Tensor | None,
-    z: torch.Tensor | None,
-    delta_bias: torch.Tensor | None,
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
     delta_softplus: bool,
     groups: int,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[Tensor, Tensor]:
     """Brings the inputs into the layout of _ChunkedScan; what is not multiplied by n states is left to autograd."""
     dim, n = A.shape
     if delta_bias is not None:
@@ -164,13 +165,13 @@ def _scan_cpu(
     return out, last_state.transpose(2, 3).reshape(u.shape[0], dim, n)
 
 
-def _time_first(x: torch.Tensor, groups: int) -> torch.Tensor:
+def _time_first(x: Tensor, groups: int) -> Tensor:
     """(batch, dim, L) -> (L, batch, G, dim/G) with the channels contiguous; a view where x's memory allows it."""
     x = x.unflatten(1, (groups, -1)).permute(3, 0, 1, 2)
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _state_weights(x: torch.Tensor, groups: int) -> torch.Tensor:
+def _state_weights(x: Tensor, groups: int) -> Tensor:
     """B or C -> (L, batch, G, n, 1) when it varies in time, (1, 1, G, n, dim/G) when it is constant."""
     if x.dim() == 2:
         return x.unflatten(0, (groups, -1)).transpose(1, 2)[None, None].contiguous()
@@ -183,12 +184,12 @@ class _ChunkedScan(torch.autograd.Function):
     """The recurrence alone, on u, delta (L, b, G, d), A (G, n, d), B and C as _state_weights makes them.
 
     Returns y (L, b, G, d) and the last state (b, G, n, d). Time is cut into chunks; within one, everything but the
-    recurrence itself is a handful of large operations, and each step is one fused multiply-add in place. Only the state at
-    the start of each chunk is kept: the backward pass recomputes the others.
+    recurrence itself is a handful of large operations, and each step is one fused multiply-add in place. Only the state
+    at the start of each chunk is kept: the backward pass recomputes the others.
     """
 
     @staticmethod
-    def forward(ctx: Any, u: torch.Tensor, delta: torch.Tensor, A: torch.Tensor, B: torch.Tensor, C: torch.Tensor) -> Any:
+    def forward(ctx: Any, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor) -> Any:
         length, batch, groups, dim = u.shape
         ctx.blocks = blocks = _Blocks.of(length, batch, A.numel())
         decay, states = blocks.buffer(A), blocks.buffer(A)
@@ -196,7 +197,7 @@ class _ChunkedScan(torch.autograd.Function):
         last = u.new_empty(batch, *A.shape)
         y = u.new_empty(batch, length, groups, dim).transpose(0, 1)
         for rows in blocks.rows:
-            state: torch.Tensor | None = None
+            state: Tensor | None = None
             for k, now in enumerate(blocks.times):
                 starts[k, rows] = 0.0 if state is None else state
                 at = (now, rows)
@@ -209,23 +210,23 @@ class _ChunkedScan(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_y: torch.Tensor, grad_last: torch.Tensor) -> Any:
+    def backward(ctx: Any, grad_y: Tensor, grad_last: Tensor) -> Any:
         u, delta, A, B, C, starts = ctx.saved_tensors
         with torch.autocast(u.device.type, enabled=False):
             return _backward(u, delta, A, B, C, starts, ctx.blocks, grad_y, grad_last)
 
 
 def _backward(
-    u: torch.Tensor,
-    delta: torch.Tensor,
-    A: torch.Tensor,
-    B: torch.Tensor,
-    C: torch.Tensor,
-    starts: torch.Tensor,
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    starts: Tensor,
     blocks: _Blocks,
-    grad_y: torch.Tensor,
-    grad_last: torch.Tensor,
-) -> tuple[torch.Tensor, ...]:
+    grad_y: Tensor,
+    grad_last: Tensor,
+) -> tuple[Tensor, ...]:
     """Gradients of u, delta, A, B, C. With g_t the gradient of s_t: g_t = C_t dy_t + exp(delta_{t+1} A) g_{t+1}."""
     decay, states, grads = (blocks.buffer(A) for _ in range(3))
     length, batch, *channels = u.shape
@@ -268,8 +269,8 @@ class _Blocks:
         steps = max(1, min(length, _CHUNK_ELEMENTS // (rows * elements)))
         return _Blocks(_slices(batch, rows), _slices(length, steps))
 
-    def buffer(self, A: torch.Tensor) -> torch.Tensor:
-        """Flat room for the largest chunk and its starting state, allocated once per call: fresh memory pages are slow."""
+    def buffer(self, A: Tensor) -> Tensor:
+        """Flat room for the largest chunk and its starting state, once per call: fresh memory pages are slow."""
         return A.new_empty((self.times[0].stop + 1) * self.rows[0].stop * A.numel())
 
 
@@ -279,21 +280,21 @@ def _slices(total: int, largest: int) -> list[slice]:
     return [slice(start, min(start + size, total)) for start in range(0, total, size)]
 
 
-def _front(buffer: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+def _front(buffer: Tensor, shape: tuple[int, ...]) -> Tensor:
     """The beginning of a flat buffer in the given shape."""
     return buffer[: math.prod(shape)].view(shape)
 
 
 def _run_chunk(
-    u: torch.Tensor,
-    delta: torch.Tensor,
-    A: torch.Tensor,
-    B: torch.Tensor,
-    start: torch.Tensor,
-    decay: torch.Tensor,
-    states: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Fills the buffers for one chunk. Returns decays exp(delta A) (T, b, G, n, d), states (T + 1, ...) and delta * u."""
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    start: Tensor,
+    decay: Tensor,
+    states: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Fills the buffers for a chunk. Returns decays exp(delta A) (T, b, G, n, d), states (T + 1, ...), delta * u."""
     steps = len(u)
     # exp2 with the factor folded into A: several times faster than exp in PyTorch's CPU kernels
     decay = torch.mul(delta[..., None, :], A * math.log2(math.e), out=_front(decay, (steps, *start.shape))).exp2_()
@@ -307,12 +308,12 @@ def _run_chunk(
     return decay, states, x
 
 
-def _at(x: torch.Tensor, at: tuple[slice, slice]) -> torch.Tensor:
+def _at(x: Tensor, at: tuple[slice, slice]) -> Tensor:
     """The time steps and batch rows `at` of B or C; all of it when it is constant."""
     return x[at] if x.shape[-1] == 1 else x
 
 
-def _weigh_states(weights: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
+def _weigh_states(weights: Tensor, states: Tensor) -> Tensor:
     """Sums states (T, b, G, n, d) over n with the weights of B or C: (T, b, G, d)."""
     if weights.shape[-1] != 1:
         return (weights * states).sum(-2)
@@ -320,7 +321,7 @@ def _weigh_states(weights: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
     return torch.bmm(weights.reshape(-1, 1, n), states.reshape(-1, n, dim)).view(*states.shape[:3], dim)
 
 
-def _add_weight_grad(grad: torch.Tensor, states: torch.Tensor, x: torch.Tensor) -> None:
+def _add_weight_grad(grad: Tensor, states: Tensor, x: Tensor) -> None:
     """Adds the gradient of B or C: states (T, b, G, n, d) against x (T, b, G, d)."""
     if grad.shape[-1] != 1:
         grad += (states * x[..., None, :]).sum((0, 1))
@@ -334,7 +335,7 @@ class _CausalConv(torch.autograd.Function):
     """Depthwise causal convolution as `width` shifted multiply-adds: for 4 taps faster than the general convolution."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
         x = _time_first(x, 1)[:, :, 0]  # (L, b, dim)
         ctx.save_for_backward(x, weight)
         y = x * weight[:, -1]
@@ -344,7 +345,7 @@ class _CausalConv(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
         x, weight = ctx.saved_tensors
         grad = _time_first(grad, 1)[:, :, 0]
         grad_x = grad * weight[:, -1]
