@@ -1,4 +1,4 @@
-"""Initial weights against statistics of the official ones: constants exactly, deviations and means within sampling error."""
+"""Initial weights against statistics of the official ones: constants exactly, the rest within sampling error."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def vectors(golden_dir: Path) -> Vectors:
 
 
 def _expected_std(expected: dict[str, float]) -> float:
-    """The stored deviation without an outlier: torch's trunc_normal_ puts the rare draw of exactly 0 at its bound, -2."""
+    """The stored deviation without an outlier: torch puts the rare uniform draw of exactly 0 at the bound, -2."""
     outlier = max(abs(expected["min"]), abs(expected["max"]))
     if outlier < 20 * expected["std"]:
         return expected["std"]

@@ -1,4 +1,4 @@
-"""The VideoMamba encoder under V-JEPA masks and the Mamba predictor against videoMamba-jepa's intended outputs. fp64 first.
+"""VideoMamba under V-JEPA masks and the Mamba predictor against videoMamba-jepa's intended outputs, fp64 first.
 
 As published, that project's training call gathers every row of the batch from clip 0; the last test recognises it.
 """

@@ -1,7 +1,8 @@
 """VideoMamba (Li et al., 2024): tubelet tokens through bidirectional Mamba blocks.
 
 VideoMamba is the encoder that V-JEPA trains: no cls token, fixed sin-cos positions, every token out.
-VideoMambaClassifier is the published supervised network, for its weights. Shapes: B clips, N tokens of the grid, K of a token set, D width.
+VideoMambaClassifier is the published supervised network, for its weights. Shapes: B clips, N tokens of the grid, K of a
+token set, D width.
 """
 
 from __future__ import annotations
