@@ -59,7 +59,12 @@ def flip_a_bit(folder):
 
 @pytest.mark.parametrize(
     "damage",
-    [cut_short, flip_a_bit, lambda f: (f / checkpoint.STATE).write_text("{"), lambda f: (f / checkpoint.MODEL).unlink()],
+    [
+        cut_short,
+        flip_a_bit,
+        lambda f: (f / checkpoint.STATE).write_text("{"),
+        lambda f: (f / checkpoint.MODEL).unlink(),
+    ],
     ids=["truncated", "bit-flipped", "state-garbled", "file-missing"],
 )
 def test_a_damaged_newest_is_passed_over(run, damage):

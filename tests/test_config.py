@@ -216,7 +216,8 @@ def leaves(raw: Any, prefix: str = "") -> dict[str, Any]:
 
 # --- files of the originals -------------------------------------------------------------------------------------------
 
-NO_NOTICE_NEUTRAL = {"model.use_mask_tokens", 
+NO_NOTICE_NEUTRAL = {
+    "model.use_mask_tokens",
     "data.clip_duration",
     "data_aug.auto_augment",
     "data_aug.motion_shift",

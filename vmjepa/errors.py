@@ -58,7 +58,7 @@ def storage_error(error: OSError, doing: str) -> StorageError:
 
 @contextmanager
 def handle_errors() -> Iterator[None]:
-    """Wraps a command: a UserError becomes one line on stderr and its exit code; other exceptions keep their traceback."""
+    """Wraps a command: a UserError becomes one line on stderr and its exit code; others keep their traceback."""
     try:
         yield
     except UserError as error:

@@ -41,9 +41,9 @@ class JEPA(nn.Module):
             features: fp32 (B, N, D), the target encoder's layer-normalised output for all tokens.
 
         Returns:
-            loss to differentiate: this micro-batch's *share* of the global batch's loss (shares add up to it, since each
-            is divided by the global number of target tokens); the same without the variance term, detached; and the
-            detached predictions per mask.
+            loss to differentiate: this micro-batch's *share* of the global batch's loss (shares add up to it, since
+            each is divided by the global number of target tokens); the same without the variance term, detached; and
+            the detached predictions per mask.
         """
         share = features.new_zeros(())
         penalty = features.new_zeros(())
@@ -66,7 +66,7 @@ class JEPA(nn.Module):
 
 
 def target_features(encoder: nn.Module, clips: Tensor) -> Tensor:
-    """What the predictor must predict: LayerNorm (no affine, eps 1e-5) of the target encoder's tokens, fp32 (B, N, D)."""
+    """What is to be predicted: LayerNorm (no affine, eps 1e-5) of the target encoder's tokens, fp32 (B, N, D)."""
     with torch.no_grad():
         tokens = encoder(clips, None).float()
         return F.layer_norm(tokens, (tokens.shape[-1],))

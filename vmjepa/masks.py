@@ -88,7 +88,7 @@ def target_cells(spec: MaskSpec, grid: Grid, size: Grid, corners: np.ndarray) ->
         (axis >= corners[..., i, None]) & (axis < corners[..., i, None] + size[i]) for i, axis in enumerate(axes)
     ]  # each (samples, blocks, extent)
     blocks = inside[0][..., :, None, None] & inside[1][..., None, :, None] & inside[2][..., None, None, :]
-    cells = blocks.any(axis=1)
+    cells = np.asarray(blocks.any(axis=1))
     if spec.max_temporal_keep < 1.0:
         cells[:, max(1, int(grid[0] * spec.max_temporal_keep)) :] = True
     return cells.reshape(len(corners), -1)
@@ -103,7 +103,7 @@ def draw_targets(spec: MaskSpec, grid: Grid, samples: int, seed: int, step: int,
     rng = np.random.Generator(np.random.Philox(key=seed, counter=[0, 0, number, step]))
     size = block_size(spec, grid, rng.random(3))
     room = np.array([extent - block + 1 for extent, block in zip(grid, size, strict=True)])
-    cells = np.ones((samples, math.prod(grid)), dtype=bool)
+    cells: np.ndarray = np.full((samples, math.prod(grid)), True)
     for _ in range(_REDRAWS):
         empty = cells.all(axis=1)
         if not empty.any():

@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -157,7 +156,9 @@ def check_fits(folder: Path, found: dict[str, Tensor], expected: dict[str, Tenso
     Raises:
         CheckpointError: naming the first parameters that differ, when the checkpoint is of another model.
     """
-    differences = [f"{n} missing" for n in expected if n not in found] + [f"{n} unknown" for n in found if n not in expected]
+    differences = [f"{n} missing" for n in expected if n not in found] + [
+        f"{n} unknown" for n in found if n not in expected
+    ]
     differences += [
         f"{name} is {tuple(found[name].shape)} instead of {tuple(value.shape)}"
         for name, value in expected.items()

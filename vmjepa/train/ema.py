@@ -51,10 +51,12 @@ class TargetEncoder:
     def update(self, online: nn.Module, momentum: float) -> None:
         """target <- momentum * target + (1 - momentum) * online, over every parameter."""
         source = dict(online.named_parameters())
-        pairs = [(target, source[name]) for name, target in self.module.named_parameters()]
-        if self._engine is not None:
-            pairs = [(target.ds_tensor, parameter.ds_tensor) for target, parameter in pairs]
-        torch._foreach_lerp_([t for t, _ in pairs], [o.detach() for _, o in pairs], 1.0 - momentum)
+        targets, sources = [], []
+        for name, target in self.module.named_parameters():
+            partitioned = self._engine is not None
+            targets.append(getattr(target, "ds_tensor") if partitioned else target)  # noqa: B009 - DeepSpeed adds it
+            sources.append(getattr(source[name], "ds_tensor") if partitioned else source[name].detach())  # noqa: B009
+        torch._foreach_lerp_(targets, sources, 1.0 - momentum)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Whole weights and buffers on the CPU. Under ZeRO 3 all ranks must call it together."""

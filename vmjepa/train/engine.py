@@ -110,7 +110,7 @@ class Engine:
 
     @torch.no_grad()
     def clip(self, limits: dict[str, float | None]) -> Tensor:
-        """Gradient norms before clipping, (2,) in the order of MODULES; gradients above a module's limit are scaled down.
+        """Scales down the gradients of a module above its limit; norms before that, (2,) in the order of MODULES.
 
         Call once per optimizer step, after the last micro-batch. The factor is limit / (norm + 1e-6).
         """
@@ -207,7 +207,7 @@ class Engine:
                 for key in _MOMENTS:
                     self._set_moment(parameter, key, state[key][name].to(self.world.device))
 
-    def _set_moment(self, parameter: nn.Parameter, key: str, value: Tensor) -> None:
+    def _set_moment(self, parameter: Any, key: str, value: Tensor) -> None:
         from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
 
         if self.settings.zero_stage == 0:

@@ -2,8 +2,8 @@
 
     vmjepa pretrain configs/pretrain/videomamba_tiny_16x224.yaml logging.folder=runs/tiny --devices cuda:0 cuda:1
 
-Everything in a step follows from (config, step): the samples, their crops, the masks, the learning rate. So a killed run
-continues from its last checkpoint as if nothing had happened, at any number of ranks.
+Everything in a step follows from (config, step): the samples, their crops, the masks, the learning rate. So a killed
+run continues from its last checkpoint as if nothing had happened, at any number of ranks.
 """
 
 from __future__ import annotations
@@ -45,7 +45,11 @@ def pretrain(cfg: PretrainConfig, device: str | None = None) -> int:
     """
     if cfg.engine.threads_per_rank:
         torch.set_num_threads(cfg.engine.threads_per_rank)
-    return Trainer(cfg, init_world(device)).run()
+    trainer = Trainer(cfg, init_world(device))
+    try:
+        return trainer.run()
+    finally:
+        trainer.close()
 
 
 class Trainer:
@@ -76,8 +80,8 @@ class Trainer:
         found = checkpoint.latest(self.run_dir.root)
         if found is not None and not self.cfg.meta.load_checkpoint:
             raise ConfigError(
-                f"meta.load_checkpoint is false, but {self.run_dir.checkpoints} holds {found.name}, which a new run would "
-                "overwrite; set it to true to resume, or choose another logging.folder"
+                f"meta.load_checkpoint is false, but {self.run_dir.checkpoints} holds {found.name}, which a new run "
+                "would overwrite; set it to true to resume, or choose another logging.folder"
             )
         return found
 
@@ -101,9 +105,10 @@ class Trainer:
         encoder = build_encoder(cfg)
         model = JEPA(encoder, build_predictor(cfg, encoder), cfg.loss.loss_exp, cfg.loss.reg_coeff)
         optimizer_state = target_state = None
-        source = self._resume_from or cfg.meta.read_checkpoint
-        if source is not None:
-            folder = self._resume_from or checkpoint.resolve(cfg.meta.read_checkpoint)
+        folder = self._resume_from
+        if folder is None and cfg.meta.read_checkpoint is not None:
+            folder = checkpoint.resolve(cfg.meta.read_checkpoint)
+        if folder is not None:
             saved = checkpoint.load(folder)
             expected = model.state_dict()
             online = {k: v for k, v in saved.model.items() if not k.startswith("target_encoder.")}
@@ -129,7 +134,7 @@ class Trainer:
         """Steps until the end or a stop request; saves on the way."""
         cfg, lead = self.cfg, self.world.rank == 0
         every = cfg.checkpoint.every_steps or cfg.optimization.ipe
-        saved_at, values = self.done, {}
+        values: dict[str, float] = {}
         self._clock, self._waited, self._counted = time.monotonic(), self.loader.wait_seconds, self.done
         state = "running"
         self.metrics.heartbeat(state, self.done, self.total, values)
@@ -149,11 +154,8 @@ class Trainer:
                     state = "stopped"
                 if self.done % every == 0 or self.done == self.total or request != control.NOTHING:
                     self.save()
-                    saved_at = self.done
-        assert saved_at == self.done
         state = "done" if self.done == self.total else state
         self.metrics.heartbeat(state, self.done, self.total, values)
-        self.close()
         return 0 if state == "done" else EXIT_REQUEUE
 
     def step(self, step: int) -> dict[str, float] | None:
@@ -178,7 +180,9 @@ class Trainer:
                 self.engine.advance()
         clipping = opt.clip_grad is not None and step // opt.ipe > opt.warmup  # V-JEPA does not clip during warmup
         norms = self.engine.clip(dict.fromkeys(MODULES, opt.clip_grad if clipping else None))
-        lr, decay, momentum = (f(step) for f in (self.schedule.lr_at, self.schedule.weight_decay_at, self.schedule.momentum_at))
+        lr, decay, momentum = (
+            f(step) for f in (self.schedule.lr_at, self.schedule.weight_decay_at, self.schedule.momentum_at)
+        )
         self.engine.step(lr, decay)
         self.target.update(self.engine.model.encoder, momentum)
         if observer is None:
@@ -187,7 +191,7 @@ class Trainer:
         return observer.values(step, loss, norms) | values | self._speed()
 
     def _prepare(self, batch: Batch, masks: list[GlobalMask]) -> tuple[Tensor, list[StepMask]]:
-        """Model input (B, 3, T, H, W) and the masks of these clips. All first clips of the videos, then all second, …"""
+        """Model input (B, 3, T, H, W) and these clips' masks: all first clips of the videos, then all second, …"""
         for message in batch.replaced:
             log.warning("%s", message)
         self._replaced += len(batch.replaced)
@@ -232,7 +236,8 @@ class Observer:
 
     def __init__(self, trainer: Trainer):
         self.trainer = trainer
-        dim, device = trainer.engine.model.encoder.embed_dim, trainer.world.device
+        encoder: Any = trainer.engine.model.encoder
+        dim, device = encoder.embed_dim, trainer.world.device
         self.baseline = torch.zeros((), device=device)
         self.target_spread, self.prediction_spread = TokenSpread(dim, device), TokenSpread(dim, device)
         self.features: Tensor | None = None
@@ -260,7 +265,10 @@ class Observer:
             "prediction_variance": float(self.prediction_spread.variance()),
         }
         every = self.trainer.cfg.monitor.rank_every_steps
-        if self.features is not None and (step + 1) // every > (step + 1 - self.trainer.cfg.monitor.every_steps) // every:
+        if (
+            self.features is not None
+            and (step + 1) // every > (step + 1 - self.trainer.cfg.monitor.every_steps) // every
+        ):
             values |= target_ranks(self.features)
         return values
 

@@ -19,6 +19,7 @@ class TrainProgress:
         self._name, self._total, self._shown = name, total, shown
         self._console = Console(stderr=True)
         self._live: Progress | None = None
+        self._text = ""
         self._first, self._started, self._spoke = done, time.monotonic(), 0.0
         if shown and self._console.is_terminal:
             columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -37,7 +38,8 @@ class TrainProgress:
     def update(self, done: int, text: str = "") -> None:
         """done: steps finished. text: metrics to show, empty to keep the last ones."""
         if self._live:
-            self._live.update(self._task, completed=done, **({"text": text} if text else {}))
+            self._text = text or self._text
+            self._live.update(self._task, completed=done, text=self._text)
         elif self._shown and text and (done == self._total or time.monotonic() - self._spoke > _PLAIN_EVERY_S):
             self._spoke = time.monotonic()
             left = (self._spoke - self._started) / max(1, done - self._first) * (self._total - done)
