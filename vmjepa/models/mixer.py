@@ -57,27 +57,34 @@ class BiMamba(nn.Module):
             padded = torch.arange(u.shape[1], device=u.device) >= lengths[:, None]
             u = u.masked_fill(padded[..., None], 0.0)
         x, z = self.in_proj(u).chunk(2, dim=-1)
-        y = self._scan(torch.cat([x, x.flip(1)], dim=-1).transpose(1, 2), padded)
-        y = y[:, : self.inner] + y[:, self.inner :].flip(-1)
-        return self.out_proj(y.transpose(1, 2) * F.silu(z))
+        y = self._scan(torch.cat([x, x.flip(1)], dim=-1), padded)
+        y = y[..., : self.inner] + y[..., self.inner :].flip(1)
+        return self.out_proj(y * F.silu(z))
 
     def _scan(self, x: Tensor, padded: Tensor | None) -> Tensor:
-        """Convolution, projections and scan of the stacked directions x (B, 2I, L), the second one time-reversed."""
-        batch, _, length = x.shape
-        taps = self._both(self.conv1d.weight, self.conv1d_b.weight)
-        x = causal_conv1d(x, taps.flatten(0, 1)[:, 0], self._both(self.conv1d.bias, self.conv1d_b.bias).flatten())
-        projected = self._both(self.x_proj.weight, self.x_proj_b.weight) @ x.view(batch, 2, self.inner, length)
+        """Convolution, projections and scan of the stacked directions x (B, L, 2I), the second one time-reversed."""
+        batch, length, _ = x.shape
+        taps = self._both(self.conv1d.weight, self.conv1d_b.weight).flatten(0, 1)[:, 0]
+        channels = causal_conv1d(x.transpose(1, 2), taps, self._both(self.conv1d.bias, self.conv1d_b.bias).flatten())
+        directions = channels.transpose(1, 2).reshape(batch * length, 2, self.inner).transpose(0, 1)
+        projected = torch.bmm(directions, self._both(self.x_proj.weight, self.x_proj_b.weight).transpose(1, 2))
         dt, B, C = projected.split([self.rank, self.d_state, self.d_state], dim=2)
-        delta = self._both(self.dt_proj.weight, self.dt_proj_b.weight) @ dt
+        delta = torch.bmm(dt, self._both(self.dt_proj.weight, self.dt_proj_b.weight).transpose(1, 2))
+        delta = delta.transpose(0, 1).reshape(batch, length, 2, self.inner)
         if padded is not None:
-            reversed_too = torch.stack([padded, padded.flip(1)], dim=1)
-            delta = delta.masked_fill(reversed_too[:, :, None], _SKIP)
-        A = -torch.exp(self._both(self.A_log, self.A_b_log).flatten(0, 1))
-        D = self._both(self.D, self.D_b).flatten()
-        bias = self._both(self.dt_proj.bias, self.dt_proj_b.bias).flatten()
-        y = selective_scan(x, delta.flatten(1, 2), A, B, C, D, delta_bias=bias, delta_softplus=True)
+            reversed_too = torch.stack([padded, padded.flip(1)], dim=2)
+            delta = delta.masked_fill(reversed_too[..., None], _SKIP)
+        y = selective_scan(
+            channels,
+            delta.flatten(2).transpose(1, 2),
+            -torch.exp(self._both(self.A_log, self.A_b_log).flatten(0, 1)),
+            *(v.view(2, batch, length, self.d_state).permute(1, 0, 3, 2) for v in (B, C)),
+            D=self._both(self.D, self.D_b).flatten(),
+            delta_bias=self._both(self.dt_proj.bias, self.dt_proj_b.bias).flatten(),
+            delta_softplus=True,
+        )
         assert isinstance(y, Tensor)
-        return y
+        return y.transpose(1, 2)
 
     def _both(self, forward: Tensor, backward: Tensor) -> Tensor:
         """The two directions' parameters stacked. Under ZeRO-3 parameters of submodules that are never called are

@@ -102,10 +102,10 @@ def causal_conv1d(
         return kernel.causal_conv1d_fn(x.contiguous(), weight, bias, activation=activation)
     dtype = torch.promote_types(x.dtype, torch.float32)
     with torch.autocast(x.device.type, enabled=False):
-        y = _CausalConv.apply(x.to(dtype), weight.to(dtype))
-        y = y if bias is None else y + bias.to(dtype)[:, None]
+        bias = weight.new_zeros(len(weight)) if bias is None else bias
+        y = _CausalConv.apply(x.to(dtype).transpose(1, 2), weight.to(dtype), bias.to(dtype))
         y = F.silu(y) if activation == "silu" else y
-        return y.to(x.dtype)
+        return y.to(x.dtype).transpose(1, 2)
 
 
 def _check_groups(dim: int, B: Tensor, C: Tensor) -> int:
@@ -144,22 +144,21 @@ def _scan_cpu(
     delta_softplus: bool,
     groups: int,
 ) -> tuple[Tensor, Tensor]:
-    """Brings the inputs into the layout of _ChunkedScan; what is not multiplied by n states is left to autograd."""
+    """Brings the inputs into the layout of _ChunkedScan and its results back."""
     dim, n = A.shape
-    if delta_bias is not None:
-        delta = delta + delta_bias[:, None]
-    if delta_softplus:
-        delta = F.softplus(delta)
+    D = u.new_zeros(dim) if D is None else D
+    delta_bias = u.new_zeros(dim) if delta_bias is None else delta_bias
     y, last_state = _ChunkedScan.apply(
         _time_first(u, groups),
         _time_first(delta, groups),
-        A.reshape(groups, dim // groups, n).transpose(1, 2).contiguous(),
+        A.unflatten(0, (groups, -1)).transpose(1, 2).contiguous(),
         _state_weights(B, groups),
         _state_weights(C, groups),
+        D.view(groups, -1),
+        delta_bias.view(groups, -1),
+        delta_softplus,
     )
     out = y.permute(1, 2, 3, 0).flatten(1, 2)
-    if D is not None:
-        out = out + u * D[:, None]
     if z is not None:
         out = out * F.silu(z)
     return out, last_state.transpose(2, 3).reshape(u.shape[0], dim, n)
@@ -181,7 +180,7 @@ def _state_weights(x: Tensor, groups: int) -> Tensor:
 
 
 class _ChunkedScan(torch.autograd.Function):
-    """The recurrence alone, on u, delta (L, b, G, d), A (G, n, d), B and C as _state_weights makes them.
+    """The scan of u, delta (L, b, G, d) with A (G, n, d), D, bias (G, d), and B and C as _state_weights makes them.
 
     Returns y (L, b, G, d) and the last state (b, G, n, d). Time is cut into chunks; within one, everything but the
     recurrence itself is a handful of large operations, and each step is one fused multiply-add in place. Only the state
@@ -189,9 +188,12 @@ class _ChunkedScan(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor) -> Any:
+    def forward(
+        ctx: Any, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, bias: Tensor, softplus: bool
+    ) -> tuple[Tensor, Tensor]:
         length, batch, groups, dim = u.shape
-        ctx.blocks = blocks = _Blocks.of(length, batch, A.numel())
+        blocks = _Blocks.of(length, batch, A.numel())
+        ctx.blocks, ctx.softplus = blocks, softplus
         decay, states = blocks.buffer(A), blocks.buffer(A)
         starts = u.new_empty(len(blocks.times), batch, *A.shape)
         last = u.new_empty(batch, *A.shape)
@@ -201,19 +203,19 @@ class _ChunkedScan(torch.autograd.Function):
             for k, now in enumerate(blocks.times):
                 starts[k, rows] = 0.0 if state is None else state
                 at = (now, rows)
-                _, h, _ = _run_chunk(u[at], delta[at], A, _at(B, at), starts[k, rows], decay, states)
-                y[at] = _weigh_states(_at(C, at), h[1:])
+                dt = _step_sizes(delta[at], bias, softplus)
+                _, h = _run_chunk(dt, dt * u[at], A, _at(B, at), starts[k, rows], decay, states)
+                torch.addcmul(_weigh_states(_at(C, at), h[1:]), D, u[at], out=y[at])
                 state = h[-1]
             last[rows] = state
-        ctx.save_for_backward(u, delta, A, B, C, starts)
+        ctx.save_for_backward(u, delta, A, B, C, D, bias, starts)
         return y, last
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_y: Tensor, grad_last: Tensor) -> Any:
-        u, delta, A, B, C, starts = ctx.saved_tensors
-        with torch.autocast(u.device.type, enabled=False):
-            return _backward(u, delta, A, B, C, starts, ctx.blocks, grad_y, grad_last)
+    def backward(ctx: Any, grad_y: Tensor, grad_last: Tensor) -> tuple[Tensor | None, ...]:
+        with torch.autocast(grad_y.device.type, enabled=False):
+            return *_backward(*ctx.saved_tensors, ctx.blocks, ctx.softplus, grad_y, grad_last), None
 
 
 def _backward(
@@ -222,23 +224,27 @@ def _backward(
     A: Tensor,
     B: Tensor,
     C: Tensor,
+    D: Tensor,
+    bias: Tensor,
     starts: Tensor,
     blocks: _Blocks,
+    softplus: bool,
     grad_y: Tensor,
     grad_last: Tensor,
 ) -> tuple[Tensor, ...]:
-    """Gradients of u, delta, A, B, C. With g_t the gradient of s_t: g_t = C_t dy_t + exp(delta_{t+1} A) g_{t+1}."""
+    """Gradients of the seven tensors. With g_t the gradient of s_t: g_t = C_t dy_t + exp(delta_{t+1} A) g_{t+1}."""
     decay, states, grads = (blocks.buffer(A) for _ in range(3))
     length, batch, *channels = u.shape
     grad_u, grad_delta = (u.new_empty(batch, length, *channels).transpose(0, 1) for _ in range(2))
-    grad_A, grad_B, grad_C = torch.zeros_like(A), torch.zeros_like(B), torch.zeros_like(C)
+    grad_A, grad_B, grad_C, grad_D, grad_bias = (torch.zeros_like(v) for v in (A, B, C, D, bias))
     for rows in blocks.rows:
         carry = grad_last[rows]
         for k, now in reversed(list(enumerate(blocks.times))):
             at = (now, rows)
-            b, c, dy, dt = _at(B, at), _at(C, at), grad_y[at].contiguous(), delta[at]
-            a, h, x = _run_chunk(u[at], dt, A, b, starts[k, rows], decay, states)
-            g = torch.mul(c, dy[..., None, :], out=_front(grads, a.shape))
+            b, dy, dt = _at(B, at), grad_y[at].contiguous(), _step_sizes(delta[at], bias, softplus)
+            x = dt * u[at]
+            a, h = _run_chunk(dt, x, A, b, starts[k, rows], decay, states)
+            g = torch.mul(_at(C, at), dy[..., None, :], out=_front(grads, a.shape))
             a_steps, g_steps = a.unbind(), g.unbind()
             g_steps[-1].add_(carry)
             for i in range(len(g_steps) - 2, -1, -1):
@@ -247,12 +253,21 @@ def _backward(
             _add_weight_grad(_at(grad_C, at), h[1:], dy)
             _add_weight_grad(_at(grad_B, at), g, x)
             grad_x = _weigh_states(b, g)
-            torch.mul(grad_x, dt, out=grad_u[at])
+            torch.mul(grad_x, dt, out=grad_u[at]).addcmul_(D, dy)
+            grad_D += (dy * u[at]).sum((0, 1))
             by_decay = a.mul_(h[:-1]).mul_(g)  # gradient of delta_t A; the states are not needed from here on
-            weighted = torch.mul(by_decay, A, out=h[1:])
-            torch.addcmul(weighted.sum(-2), grad_x, u[at], out=grad_delta[at])
+            grad_dt = torch.mul(by_decay, A, out=h[1:]).sum(-2).addcmul_(grad_x, u[at])
             grad_A += by_decay.mul_(dt[..., None, :]).sum((0, 1))
-    return grad_u, grad_delta, grad_A, grad_B, grad_C
+            if softplus:  # its slope is 1 - exp(-dt)
+                grad_dt.mul_(torch.expm1(-dt).neg_())
+            grad_delta[at] = grad_dt
+            grad_bias += grad_dt.sum((0, 1))
+    return grad_u, grad_delta, grad_A, grad_B, grad_C, grad_D, grad_bias
+
+
+def _step_sizes(delta: Tensor, bias: Tensor, softplus: bool) -> Tensor:
+    delta = delta + bias
+    return F.softplus(delta) if softplus else delta
 
 
 @dataclass(frozen=True)
@@ -286,26 +301,19 @@ def _front(buffer: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 
 def _run_chunk(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    start: Tensor,
-    decay: Tensor,
-    states: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Fills the buffers for a chunk. Returns decays exp(delta A) (T, b, G, n, d), states (T + 1, ...), delta * u."""
-    steps = len(u)
+    dt: Tensor, x: Tensor, A: Tensor, B: Tensor, start: Tensor, decay: Tensor, states: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Fills the buffers for a chunk with x = dt * u. Returns decays exp(dt A) (T, b, G, n, d), states (T + 1, ...)."""
+    steps = len(dt)
     # exp2 with the factor folded into A: several times faster than exp in PyTorch's CPU kernels
-    decay = torch.mul(delta[..., None, :], A * math.log2(math.e), out=_front(decay, (steps, *start.shape))).exp2_()
-    x = delta * u
+    decay = torch.mul(dt[..., None, :], A * math.log2(math.e), out=_front(decay, (steps, *start.shape))).exp2_()
     states = _front(states, (steps + 1, *start.shape))
     states[0] = start
     torch.mul(B, x[..., None, :], out=states[1:])
     previous = states[0]
     for a, state in zip(decay.unbind(), states[1:].unbind(), strict=True):
         previous = state.addcmul_(a, previous)
-    return decay, states, x
+    return decay, states
 
 
 def _at(x: Tensor, at: tuple[slice, slice]) -> Tensor:
@@ -332,26 +340,26 @@ def _add_weight_grad(grad: Tensor, states: Tensor, x: Tensor) -> None:
 
 
 class _CausalConv(torch.autograd.Function):
-    """Depthwise causal convolution as `width` shifted multiply-adds: for 4 taps faster than the general convolution."""
+    """On x (b, L, dim), weight (dim, width): shifted multiply-adds, for 4 taps faster than the general convolution."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
-        x = _time_first(x, 1)[:, :, 0]  # (L, b, dim)
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        x = x.contiguous()
         ctx.save_for_backward(x, weight)
-        y = x * weight[:, -1]
-        for back in range(1, min(weight.shape[1], len(x))):
-            y[back:].addcmul_(x[:-back], weight[:, -1 - back])
-        return y.permute(1, 2, 0)
+        y = torch.addcmul(bias, x, weight[:, -1])
+        for back in range(1, min(weight.shape[1], x.shape[1])):
+            y[:, back:].addcmul_(x[:, :-back], weight[:, -1 - back])
+        return y
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         x, weight = ctx.saved_tensors
-        grad = _time_first(grad, 1)[:, :, 0]
+        grad = grad.contiguous()
         grad_x = grad * weight[:, -1]
         grad_weight = torch.zeros_like(weight)
         grad_weight[:, -1] = (grad * x).sum((0, 1))
-        for back in range(1, min(weight.shape[1], len(x))):
-            grad_x[:-back].addcmul_(grad[back:], weight[:, -1 - back])
-            grad_weight[:, -1 - back] = (grad[back:] * x[:-back]).sum((0, 1))
-        return grad_x.permute(1, 2, 0), grad_weight
+        for back in range(1, min(weight.shape[1], x.shape[1])):
+            grad_x[:, :-back].addcmul_(grad[:, back:], weight[:, -1 - back])
+            grad_weight[:, -1 - back] = (grad[:, back:] * x[:, :-back]).sum((0, 1))
+        return grad_x, grad_weight, grad.sum((0, 1))
