@@ -60,7 +60,7 @@ def heads(count: int = 1, seeds: Sequence[int] = (0,)) -> list[Head]:
 
 def train_source(tokens: Sequence[Tensor], labels: Tensor, batch: int, accumulation: int = 1, world: World = ALONE):
     order = Order(np.zeros(len(labels), np.int64), seed=3, window_groups=1)
-    return CachedTrain(tokens, labels, order, batch, accumulation, world)
+    return CachedTrain(tokens, labels.expand(len(tokens[0]), -1), order, batch, accumulation, world)
 
 
 def train(
@@ -69,11 +69,12 @@ def train(
     tokens, labels = token_set(60, draws=draws)
     validation, validation_labels = token_set(31, seed=1)
     source = train_source([tokens] * 2, labels, batch, accumulation, world)
+    mine = slice(world.rank, None, world.size)
     results: list[EpochResult] = []
     train_probes(
         made,
         source,
-        CachedValidation([validation[0]] * 2, validation_labels, 7, world),
+        CachedValidation([validation[0, mine]] * 2, validation_labels[mine], 7, world),
         schedule(epochs, source.steps_per_epoch),
         world,
         bfloat16=False,

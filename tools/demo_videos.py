@@ -101,7 +101,7 @@ class Clip:
 
 def plan(train_clips: int, test_clips: int) -> list[Clip]:
     """Every picture in every class, `train_clips` or `test_clips` times."""
-    clips = []
+    clips: list[Clip] = []
     for part, pictures, repeats in (("train", TRAIN_PICTURES, train_clips), ("test", TEST_PICTURES, test_clips)):
         for picture in pictures:
             for repeat in range(repeats):

@@ -6,7 +6,8 @@ classes. Training averages the loss over the looks, validation the class probabi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -31,7 +32,7 @@ class TrainSource(Protocol):
 
     steps_per_epoch: int
 
-    def steps(self, start: int) -> Iterator[list[TokenBatch]]:
+    def steps(self, start: int) -> Generator[list[TokenBatch]]:
         """Micro-batches of this rank for optimizer step `start`, `start` + 1, …"""
 
 
@@ -80,40 +81,47 @@ def train_probes(
     bfloat16: bool,
     first_epoch: int,
     on_epoch: Callable[[EpochResult], None],
+    on_step: Callable[[int], None] = lambda done: None,
 ) -> None:
     """Trains every head for the schedule's epochs, from `first_epoch`, and validates after each.
 
     Each head sees the same videos in the same order. A step's loss is the mean over the global batch: gradients are
-    summed over the ranks. `on_epoch` gets each epoch's result.
+    summed over the ranks. `on_epoch` gets each epoch's result, `on_step` the number of steps done.
     """
-    steps = train.steps(first_epoch * train.steps_per_epoch)
-    for epoch in range(first_epoch, schedule.epochs):
-        loss = torch.zeros(len(heads), device=world.device)
-        correct = torch.zeros(len(heads), dtype=torch.int64, device=world.device)
-        seen = 0
-        for head in heads:
-            head.probe.train()
-        for step in range(epoch * train.steps_per_epoch, (epoch + 1) * train.steps_per_epoch):
-            batches = next(steps)
-            videos = sum(len(batch.labels) for batch in batches)
-            seen += videos
-            for i, head in enumerate(heads):
-                step_loss, step_correct = _train_step(
-                    head, batches, videos * world.size, schedule.lr_at(step), world, bfloat16
-                )
-                loss[i] += step_loss
-                correct[i] += step_correct
-        counts = sum_over_ranks_of(world, torch.cat([correct, torch.tensor([seen], device=world.device)]))
-        right, total = count_correct(heads, validation, world, bfloat16)
-        on_epoch(
-            EpochResult(
-                epoch,
-                (sum_over_ranks_of(world, loss) / train.steps_per_epoch).tolist(),
-                (counts[:-1] / counts[-1]).tolist(),
-                right,
-                total,
-            )
-        )
+    with closing(train.steps(first_epoch * train.steps_per_epoch)) as steps:
+        for epoch in range(first_epoch, schedule.epochs):
+            numbers = range(epoch * train.steps_per_epoch, (epoch + 1) * train.steps_per_epoch)
+            loss, accuracy = _train_epoch(heads, steps, numbers, schedule, world, bfloat16, on_step)
+            correct, total = count_correct(heads, validation, world, bfloat16)
+            on_epoch(EpochResult(epoch, loss, accuracy, correct, total))
+
+
+def _train_epoch(
+    heads: Sequence[Head],
+    steps: Iterator[list[TokenBatch]],
+    numbers: range,
+    schedule: Schedule,
+    world: World,
+    bfloat16: bool,
+    on_step: Callable[[int], None],
+) -> tuple[list[float], list[float]]:
+    """Optimizer steps `numbers`; returns each head's mean loss and share of videos classified right on the way."""
+    loss = torch.zeros(len(heads), device=world.device)
+    correct = torch.zeros(len(heads), dtype=torch.int64, device=world.device)
+    seen = 0
+    for head in heads:
+        head.probe.train()
+    for step in numbers:
+        batches = next(steps)
+        videos = world.size * sum(len(batch.labels) for batch in batches)
+        seen += videos
+        for i, head in enumerate(heads):
+            head_loss, head_correct = _train_step(head, batches, videos, schedule.lr_at(step), world, bfloat16)
+            loss[i] += head_loss
+            correct[i] += head_correct
+        on_step(step + 1)
+    loss, correct = sum_over_ranks_of(world, loss), sum_over_ranks_of(world, correct)
+    return (loss / len(numbers)).tolist(), (correct / seen).tolist()
 
 
 def _train_step(
