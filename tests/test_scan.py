@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -139,3 +141,23 @@ def test_cuda_without_kernels_is_refused(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setitem(__import__("sys").modules, "selective_scan_cuda", None)
     with pytest.raises(ConfigError, match=r"selective_scan_cuda cannot be imported .*install mamba-ssm"):
         choose_backend(torch.device("cuda"))
+
+
+def test_kernels_get_what_they_ask_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The CUDA branch with stand-ins for the kernels: arguments in the packages' order, the convolution's x contiguous."""
+    calls: dict[str, tuple[object, ...]] = {}
+    kernels = SimpleNamespace(
+        selective_scan_fn=lambda *args: calls.update(scan=args) or args[0],
+        causal_conv1d_fn=lambda *args, activation: calls.update(conv=(*args, activation)) or args[0],
+    )
+    monkeypatch.setattr(scan, "choose_backend", lambda device, backend: "mamba-ssm")
+    monkeypatch.setattr(scan, "_import_kernel", lambda module, compiled: kernels)
+    u, delta, A, B, C, D = _inputs(2, 6, 2, 4, 5)
+    bias = torch.zeros(6)
+    selective_scan(u, delta, A, B, C, D, None, bias, True, False)
+    assert [id(arg) for arg in calls["scan"][:8]] == [id(arg) for arg in (u, delta, A, B, C, D, None, bias)]
+    assert calls["scan"][8:] == (True, False)
+    x = torch.randn(2, 5, 6).transpose(1, 2)
+    causal_conv1d(x, D, bias, "silu")
+    assert calls["conv"][0].is_contiguous()
+    assert calls["conv"][3] == "silu"
