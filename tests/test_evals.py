@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 from vmjepa.data.order import Order
 from vmjepa.evals.probe_loop import EpochResult, Head, TokenBatch, adamw, count_correct, train_probes
-from vmjepa.evals.report import Chance, ProbeResult, as_json, standard_error, summarize, verdicts
+from vmjepa.evals.report import Chance, ProbeResult, as_json, from_json, standard_error, summarize, verdicts
 from vmjepa.evals.sources import CachedTrain, CachedValidation
 from vmjepa.train.distributed import World
 from vmjepa.train.schedules import Schedule
@@ -232,6 +233,11 @@ def test_verdict_names_a_gain_only_beyond_two_standard_errors(pretrained, random
     results = outcomes(pretrained, random)
     assert verdicts(results)["attentive"].startswith(expected)
     assert as_json(results, Chance(1 / 6, 0.2))["verdict"]["attentive"].startswith(expected)
+
+
+def test_report_survives_json() -> None:
+    results, chance = outcomes((100, 110), (90, 95)), Chance(1 / 6, 0.2)
+    assert from_json(json.loads(json.dumps(as_json(results, chance)))) == (results, chance)
 
 
 def test_summary_by_hand() -> None:

@@ -42,7 +42,7 @@ PRETRAIN = {
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """Shards of 10 training and 5 validation videos in 2 classes, and a run whose encoder is not the one it began with."""
+    """Shards of 10 training and 5 validation videos in 2 classes, and a run whose encoder has left its start."""
     folder = tmp_path_factory.mktemp("evaluate")
     for part, count in (("train", 10), ("val", 5)):
         for i in range(count):

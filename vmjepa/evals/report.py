@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from rich.table import Table
@@ -97,6 +97,13 @@ def as_json(results: Sequence[ProbeResult], chance: Chance) -> dict[str, Any]:
         "summary": summarize(results),
         "probes": [{**asdict(result), "accuracy": result.accuracy} for result in results],
     }
+
+
+def from_json(report: Mapping[str, Any]) -> tuple[list[ProbeResult], Chance]:
+    """The arguments of `as_json`, from what it gave."""
+    names = [field.name for field in fields(ProbeResult)]
+    results = [ProbeResult(**{name: probe[name] for name in names}) for probe in report["probes"]]
+    return results, Chance(**report["chance"])
 
 
 def as_table(results: Sequence[ProbeResult], chance: Chance, title: str) -> Table:

@@ -1,0 +1,204 @@
+"""The whole chain on this machine's CPU, in minutes: videos, shards, pretraining, frozen probes, curves.
+
+    make demo                        # makes its own labelled videos first
+    make demo VIDEOS=my/videos       # a folder per class (or train/ and test/ with class folders): pretrains and probes
+                                     # any other folder of videos: pretrains
+    .venv/bin/python -m tools.demo --out demo
+
+Each step is one of the public commands, printed before it runs. Run again, it goes on where it stopped, or starts anew
+when code, configs or videos have changed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from tools.demo_input import VideoSets, find_sets
+from tools.demo_videos import CLASSES, SUMMARY
+from vmjepa.errors import UserError, handle_errors
+from vmjepa.evals.report import as_table, from_json
+from vmjepa.plots import draw_curves, read_metrics
+from vmjepa.run_dir import read_json, write_atomic
+
+ROOT = Path(__file__).resolve().parent.parent
+PRETRAIN, EVALUATE = ROOT / "configs/pretrain/demo.yaml", ROOT / "configs/evals/demo.yaml"
+MARK = "demo.json"  # what the folder was made from; its presence says that the folder is ours
+_SHORT_SIDE = (
+    "128"  # the user's videos are shrunk to this: the demo looks at 48 pixels, and decoding is most of the work
+)
+
+console = Console(highlight=False)
+
+
+class Demo:
+    """One demo under the folder `out`. videos: the user's own, or None."""
+
+    def __init__(self, out: Path, videos: Path | None) -> None:
+        self.out, self.videos = out, videos
+        self.run_dir, self.results = out / "run", out / "run/evals/demo/results.json"
+        self.began = time.monotonic()
+
+    def run(self) -> None:
+        """All steps, those already done left out."""
+        if self.videos and not self.videos.is_dir():
+            raise UserError(
+                f"{self.videos}: no such folder; give a folder of videos, with a folder per class for a probe"
+            )
+        self._claim_folder()
+        sets = self._videos()
+        self._step("Packing the videos into shards")
+        encode = ["--short-side", _SHORT_SIDE] if self.videos else []
+        self._call(["-m", "tools.shard", "run", str(sets.train), str(self.out / "shards/train"), *encode])
+        if sets.test:
+            self._call(["-m", "tools.shard", "run", str(sets.test), str(self.out / "shards/test"), *encode])
+        self._pretrain()
+        if sets.test:
+            self._evaluate(sets)
+        self._report(sets)
+
+    def _claim_folder(self) -> None:
+        """Makes `out` this demo's folder, empty unless it was made from the same code, configs and videos."""
+        fingerprint = _fingerprint(self.videos)
+        mark = self.out / MARK
+        if mark.is_file():
+            if read_json(mark).get("fingerprint") == fingerprint:
+                console.print(f"{self.out} was made from the same code, configs and videos: going on from there")
+                return
+            console.print(f"{self.out} was made from other code, configs or videos: starting anew")
+            shutil.rmtree(self.out)
+        elif self.out.exists() and (not self.out.is_dir() or any(self.out.iterdir())):
+            raise UserError(f"{self.out} exists and is not a demo's folder; choose another one with OUT=folder")
+        self.out.mkdir(parents=True, exist_ok=True)
+        write_atomic(mark, json.dumps({"fingerprint": fingerprint}) + "\n")
+
+    def _videos(self) -> VideoSets:
+        if self.videos:
+            return find_sets(self.videos, self.out / "lists")
+        videos = self.out / "videos"
+        self._step("Making labelled videos: photographs under six camera motions")
+        if (videos / SUMMARY).is_file():
+            console.print(f"done before: {videos}")
+        else:
+            self._call(["-m", "tools.demo_videos", str(videos)])
+        return VideoSets(videos / "train", videos / "test", list(CLASSES))
+
+    def _pretrain(self) -> None:
+        self._step("Pretraining a VideoMamba encoder with V-JEPA")
+        status = self.run_dir / "status.json"
+        if status.is_file() and read_json(status)["state"] == "done":
+            console.print(f"done before: {self.run_dir}")
+            return
+        devices = ["--devices", "cpu", "cpu"] if len(os.sched_getaffinity(0)) > 1 else []
+        data = f"data.datasets=[{json.dumps(str(self.out / 'shards/train'))}]"
+        config = os.path.relpath(PRETRAIN)
+        self._call(["-m", "vmjepa.cli", "pretrain", config, data, f"logging.folder={self.run_dir}", *devices])
+
+    def _evaluate(self, sets: VideoSets) -> None:
+        self._step("Probing the frozen encoder, and a random one beside it")
+        if self.results.is_file():
+            console.print(f"done before: {self.results}")
+            console.print(as_table(*from_json(read_json(self.results)), title=""))
+            return
+        overrides = [
+            f"pretrain.folder={self.run_dir}",
+            *(f"data.dataset_{key}=[{json.dumps(str(self.out / 'shards' / part))}]" for key, part in
+              (("train", "train"), ("val", "test"))),
+        ]  # fmt: skip
+        if self.videos:
+            overrides.append(f"data.num_classes={len(sets.classes)}")
+        self._call(["-m", "vmjepa.cli", "evaluate", os.path.relpath(EVALUATE), *overrides])
+
+    def _report(self, sets: VideoSets) -> None:
+        metrics = read_metrics(self.run_dir / "metrics.jsonl")
+        curves = self.out / "curves.png"
+        draw_curves(metrics, curves, f"V-JEPA pretraining, {metrics[-1]['step']} steps")
+        self._step("What came out")
+        console.print(f"prediction skill   {_course(metrics, 'skill')}   (0: knows the batch mean, 1: perfect)")
+        console.print(f"rank of features   {_course(metrics, 'rank_content', 1)}   (position means removed)")
+        if sets.test:
+            for line in _findings(read_json(self.results)):
+                console.print(line)
+        else:
+            console.print(f"probe              not possible: {sets.why_no_probe}")
+        console.print(f"curves             {curves}")
+        console.print(f"TensorBoard        {_shown('tensorboard')} --logdir {shlex.quote(str(self.run_dir))}")
+        console.print(f"time               {time.monotonic() - self.began:.0f} s")
+
+    def _step(self, title: str) -> None:
+        console.print(f"\n[bold]{title}[/bold]  [dim]({time.monotonic() - self.began:.0f} s)[/dim]")
+
+    def _call(self, words: list[str]) -> None:
+        """Runs this Python with `words`; a failure ends the demo with that command's exit code."""
+        console.print(f"$ {_shown('python')} {shlex.join(words)}", style="cyan", markup=False, soft_wrap=True)
+        try:
+            code = subprocess.run([sys.executable, *words], env=os.environ | {"PYTHONPATH": str(ROOT)}).returncode
+        except KeyboardInterrupt:
+            print("stopped; run the same command again to go on", file=sys.stderr)
+            sys.exit(130)
+        if code:
+            print(f"error: the demo stopped at this command (exit code {code}); see its message above", file=sys.stderr)
+            sys.exit(code if code > 0 else 1)
+
+
+def _shown(program: str) -> str:
+    """A program of this environment as the user would type it."""
+    path = Path(sys.executable).with_name(program)
+    return os.path.relpath(path) if path.is_relative_to(Path.cwd()) else str(path)
+
+
+def _fingerprint(videos: Path | None) -> str:
+    """Hash of all that the demo's output depends on: this project's code and configs, and the user's files."""
+    digest = hashlib.sha256()
+    sources = sorted(path for part in ("vmjepa", "tools") for path in (ROOT / part).rglob("*.py"))
+    for path in [*sources, PRETRAIN, EVALUATE]:
+        digest.update(f"{path.relative_to(ROOT)}\0".encode() + path.read_bytes())
+    if videos:
+        for path in sorted(videos.rglob("*")):
+            facts = path.lstat()
+            digest.update(f"{path}\0{facts.st_size}\0{facts.st_mtime_ns}\0".encode(errors="surrogateescape"))
+    return digest.hexdigest()
+
+
+def _course(metrics: list[dict[str, Any]], key: str, digits: int = 2) -> str:
+    rows = [row for row in metrics if row.get(key) is not None]
+    if not rows:
+        return "not logged"
+    first, last = rows[0], rows[-1]
+    return f"{first[key]:.{digits}f} at step {first['step']} → {last[key]:.{digits}f} at step {last['step']}"
+
+
+def _findings(results: dict[str, Any]) -> list[str]:
+    """The probes in plain lines, good or bad; the full table stands above."""
+    lines = [f"{probe + ' probe':18s} {found}" for probe, found in results["verdict"].items()]
+    still = [f"{100 * row['mean']:.0f} %" for row in results["summary"] if row["single_frame"]]
+    if still:
+        chance = 100 * results["chance"]["uniform"]
+        lines.append(f"one frame only     {', '.join(still)} against {chance:.0f} % by guessing")
+    if not any(found.startswith("better") for found in results["verdict"].values()):
+        lines.append("No gain over a random encoder: expected of a run this short, and no evidence about longer ones.")
+    return lines
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--videos", type=Path, help="your own videos instead of generated ones")
+    parser.add_argument("--out", type=Path, default=Path("demo"), help="folder for everything the demo makes")
+    arguments = parser.parse_args()
+    with handle_errors():
+        Demo(arguments.out, arguments.videos).run()
+
+
+if __name__ == "__main__":
+    main()

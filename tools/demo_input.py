@@ -1,0 +1,73 @@
+"""The user's own videos as input of the demo: one set, or a labelled training and test set."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from tools.shard.inputs import Clip, list_input
+from vmjepa.errors import storage_error
+
+TEST_NAMES = ("test", "val", "validation")
+_ONE_IN = 5  # videos of a class that become test videos
+
+
+@dataclass(frozen=True)
+class VideoSets:
+    """What the shard tool is to pack. test and classes are empty where no probe is possible, for the reason given."""
+
+    train: Path
+    test: Path | None
+    classes: list[str]
+    why_no_probe: str = ""
+
+
+def find_sets(folder: Path, lists: Path) -> VideoSets:
+    """Understands `folder`: train/ and test/ with class folders in each, class folders, or any other videos.
+
+    Class folders without a split are split by a hash of each video's name, a fifth of each class for the test, so that
+    the split does not change when videos are added. The lists of clips are written to the folder `lists`.
+
+    Raises:
+        DataError: nothing in the folder.
+    """
+    test = next((folder / name for name in TEST_NAMES if (folder / name).is_dir()), None)
+    if test is not None and (folder / "train").is_dir():
+        parts = {"train": _labelled(folder / "train", lists), "test": _labelled(test, lists)}
+    else:
+        clips = _labelled(folder, lists)
+        parts = {"train": [c for c in clips if not _is_test(c[0])], "test": [c for c in clips if _is_test(c[0])]}
+    classes = sorted({name for clips in parts.values() for _, name in clips})
+    trained = {name for _, name in parts["train"]}
+    if len(trained) < 2 or not parts["test"]:
+        why = "a probe needs at least two class folders" if len(classes) < 2 else "there are too few videos to split"
+        return VideoSets(folder, None, [], why)
+    lists.mkdir(parents=True, exist_ok=True)
+    for part, clips in parts.items():
+        _write_csv(lists / f"{part}.csv", clips, classes)
+    return VideoSets(lists / "train.csv", lists / "test.csv", classes)
+
+
+def _labelled(folder: Path, lists: Path) -> list[tuple[Clip, str]]:
+    """The clips in class folders with their class; none where the folder is flat."""
+    listing = list_input(folder, "auto", exclude=lists)
+    names = {number: name for name, number in listing.labels.items()}
+    return [(clip, names[clip.label]) for clip in listing.clips if clip.label >= 0]
+
+
+def _is_test(clip: Clip) -> bool:
+    return int(hashlib.sha256(clip.source.encode()).hexdigest(), 16) % _ONE_IN == 0
+
+
+def _write_csv(path: Path, clips: list[tuple[Clip, str]], classes: list[str]) -> None:
+    number = {name: i for i, name in enumerate(classes)}
+    rows = []
+    for clip, name in clips:
+        quoted = os.path.abspath(clip.path).replace('"', '""')
+        rows.append(f'"{quoted}",{number[name]}\n')
+    try:
+        path.write_text("".join(rows), encoding="utf-8", errors="surrogateescape")
+    except OSError as error:
+        raise storage_error(error, f"writing {path}") from error
