@@ -18,11 +18,21 @@ case "$(uname -s)-$(uname -m)" in
   *) stop "$(uname -s) on $(uname -m) is not supported (the video decoder DALI comes for Linux only); use a Linux machine or container" ;;
 esac
 
+# make calls this when a date changed (a checkout does that); only changed contents matter
+state=$(cat "$pins" pyproject.toml "$0" | sha256sum)
+if [ "$(cat "$venv/.ready" 2>/dev/null)" = "$state" ]; then
+  touch "$venv/.ready"
+  exit 0
+fi
+
 say() { printf 'set-up: %s\n' "$*"; }
 say "installing the packages of $pins into $venv (about 3 GB; once)"
 rm -f "$venv/.ready"
 # a venv that a moved folder or a removed Python has broken is made anew
-[ -x "$venv/bin/python" ] && "$venv/bin/python" -c 'import pip' 2>/dev/null || { rm -rf "$venv"; "$python" -m venv "$venv"; }
+if ! "$venv/bin/python" -c 'import pip' 2>/dev/null; then
+  rm -rf "$venv"
+  "$python" -m venv "$venv"
+fi
 
 install() { "$venv/bin/pip" install --quiet --disable-pip-version-check "$@" || stop "pip could not install the packages (see above); check the network, a proxy (https_proxy) and free disk space, then run make again"; }
 
@@ -33,4 +43,4 @@ grep -v '^deepspeed==' "$pins" > "$others"
 install -r "$others"
 DS_BUILD_OPS=0 install --no-build-isolation --no-deps "$(grep '^deepspeed==' "$pins")"
 install --no-build-isolation --no-deps --editable .
-touch "$venv/.ready"
+printf '%s\n' "$state" > "$venv/.ready"
