@@ -1,7 +1,7 @@
 """Decodes planned clips with NVIDIA DALI: on a GPU (NVDEC) every usual codec, on a CPU only VP8, VP9 and MJPEG.
 
 DALI is handed encoded bytes, frame numbers and crops, so the order and the windows stay ours and equal PyAV's. The GPU
-path differs from the CPU path in the device names alone; it has not been run without a GPU at hand.
+path is the CPU path with other device names; it has not been run yet, for want of a GPU.
 """
 
 from __future__ import annotations
