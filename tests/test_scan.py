@@ -144,7 +144,7 @@ def test_cuda_without_kernels_is_refused(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_kernels_get_what_they_ask_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The CUDA branch with stand-ins for the kernels: arguments in the packages' order, the convolution's x contiguous."""
+    """The CUDA branch with stand-ins for the kernels: arguments in the packages' order, x contiguous."""
     calls: dict[str, tuple[object, ...]] = {}
     kernels = SimpleNamespace(
         selective_scan_fn=lambda *args: calls.update(scan=args) or args[0],

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -50,6 +49,12 @@ class PatchEmbed(nn.Module):
         self.patch_size, self.tubelet_size = patch_size, tubelet_size
         kernel = (tubelet_size, patch_size, patch_size)
         self.proj = _PatchConv(in_chans, embed_dim, kernel_size=kernel, stride=kernel)
+
+    def reset_parameters(self, std: InitStd) -> None:
+        """Truncated-normal weights and a zero bias, instead of a convolution's own."""
+        trunc_normal_(self.proj.weight, std)
+        assert self.proj.bias is not None
+        nn.init.zeros_(self.proj.bias)
 
     def grid(self, x: Tensor) -> Grid:
         """Tokens of a clip along (time, row, column)."""
@@ -125,11 +130,11 @@ def trunc_normal_(weight: Tensor, std: InitStd) -> None:
         weight.normal_(0.0, 0.02 if std is None else float(std)).clamp_(-2.0, 2.0)
 
 
-def init_linears(module: nn.Module, std: InitStd, kinds: Iterable[type[nn.Module]] = (nn.Linear,)) -> None:
-    """Truncated-normal weights and zero biases in every submodule of the given kinds."""
+def init_linears(module: nn.Module, std: InitStd) -> None:
+    """Truncated-normal weights and zero biases in every Linear."""
 
     def init(child: nn.Module) -> None:
-        if isinstance(child, tuple(kinds)):
+        if isinstance(child, nn.Linear):
             trunc_normal_(child.weight, std)
             if child.bias is not None:
                 nn.init.zeros_(child.bias)
@@ -139,4 +144,4 @@ def init_linears(module: nn.Module, std: InitStd, kinds: Iterable[type[nn.Module
 
 def drop_path_rates(rate: float, depth: int) -> list[float]:
     """Rates rising linearly from 0 at the first of `depth` blocks to `rate` at the last."""
-    return torch.linspace(0, rate, depth).tolist()
+    return [rate * i / max(1, depth - 1) for i in range(depth)]

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from vmjepa.models.layers import DropPath, InitStd, RMSNorm, drop_path_rates, init_linears, run_block
 from vmjepa.models.scan import causal_conv1d, selective_scan
 
-# Added to nothing: softplus(-1e4 + any sane bias) is exactly 0, so the state passes through the step unchanged.
+# Pre-softplus step size of padding: softplus(-1e4 + any sane bias) is exactly 0, so the state passes unchanged.
 _SKIP = -1e4
 DT_MIN, DT_MAX, DT_FLOOR = 1e-3, 1e-1, 1e-4
 
@@ -74,11 +74,13 @@ class BiMamba(nn.Module):
         if padded is not None:
             reversed_too = torch.stack([padded, padded.flip(1)], dim=2)
             delta = delta.masked_fill(reversed_too[..., None], _SKIP)
+        B, C = (v.view(2, batch, length, self.d_state).permute(1, 0, 3, 2) for v in (B, C))
         y = selective_scan(
             channels,
             delta.flatten(2).transpose(1, 2),
             -torch.exp(self._both(self.A_log, self.A_b_log).flatten(0, 1)),
-            *(v.view(2, batch, length, self.d_state).permute(1, 0, 3, 2) for v in (B, C)),
+            B,
+            C,
             D=self._both(self.D, self.D_b).flatten(),
             delta_bias=self._both(self.dt_proj.bias, self.dt_proj_b.bias).flatten(),
             delta_softplus=True,
@@ -86,9 +88,11 @@ class BiMamba(nn.Module):
         assert isinstance(y, Tensor)
         return y.transpose(1, 2)
 
-    def _both(self, forward: Tensor, backward: Tensor) -> Tensor:
+    def _both(self, forward: Tensor | None, backward: Tensor | None) -> Tensor:
         """The two directions' parameters stacked. Under ZeRO-3 parameters of submodules that are never called are
         gathered only for the module they are registered with: this one."""
+        assert forward is not None
+        assert backward is not None
         for parameter in (forward, backward):
             if hasattr(parameter, "ds_id"):
                 import deepspeed

@@ -76,10 +76,8 @@ def selective_scan(
     if choose_backend(u.device, backend) == "mamba-ssm":
         kernel = _import_kernel("mamba_ssm.ops.selective_scan_interface", "selective_scan_cuda")
         return kernel.selective_scan_fn(u, delta, A, B, C, D, z, delta_bias, delta_softplus, return_last_state)
-    dtype = torch.promote_types(u.dtype, torch.float32)
     with torch.autocast(u.device.type, enabled=False):
-        wide = [None if v is None else v.to(dtype) for v in (u, delta, A, B, C, D, z, delta_bias)]
-        out, last_state = _scan_cpu(*wide, delta_softplus=delta_softplus, groups=groups)
+        out, last_state = _scan_cpu(u, delta, A, B, C, D, z, delta_bias, delta_softplus, groups)
     out = out.to(u.dtype)
     return (out, last_state) if return_last_state else out
 
@@ -144,10 +142,11 @@ def _scan_cpu(
     delta_softplus: bool,
     groups: int,
 ) -> tuple[Tensor, Tensor]:
-    """Brings the inputs into the layout of _ChunkedScan and its results back."""
+    """Brings the inputs into the type and layout of _ChunkedScan and its results back."""
     dim, n = A.shape
-    D = u.new_zeros(dim) if D is None else D
-    delta_bias = u.new_zeros(dim) if delta_bias is None else delta_bias
+    dtype = torch.promote_types(u.dtype, torch.float32)
+    u, delta, A, B, C = (v.to(dtype) for v in (u, delta, A, B, C))
+    D, delta_bias = (u.new_zeros(dim) if v is None else v.to(dtype) for v in (D, delta_bias))
     y, last_state = _ChunkedScan.apply(
         _time_first(u, groups),
         _time_first(delta, groups),
@@ -160,7 +159,7 @@ def _scan_cpu(
     )
     out = y.permute(1, 2, 3, 0).flatten(1, 2)
     if z is not None:
-        out = out * F.silu(z)
+        out = out * F.silu(z.to(dtype))
     return out, last_state.transpose(2, 3).reshape(u.shape[0], dim, n)
 
 
@@ -199,9 +198,9 @@ class _ChunkedScan(torch.autograd.Function):
         last = u.new_empty(batch, *A.shape)
         y = u.new_empty(batch, length, groups, dim).transpose(0, 1)
         for rows in blocks.rows:
-            state: Tensor | None = None
+            state = torch.zeros_like(last[rows])
             for k, now in enumerate(blocks.times):
-                starts[k, rows] = 0.0 if state is None else state
+                starts[k, rows] = state
                 at = (now, rows)
                 dt = _step_sizes(delta[at], bias, softplus)
                 _, h = _run_chunk(dt, dt * u[at], A, _at(B, at), starts[k, rows], decay, states)
@@ -215,24 +214,14 @@ class _ChunkedScan(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_y: Tensor, grad_last: Tensor) -> tuple[Tensor | None, ...]:
         with torch.autocast(grad_y.device.type, enabled=False):
-            return *_backward(*ctx.saved_tensors, ctx.blocks, ctx.softplus, grad_y, grad_last), None
+            return *_backward(ctx.saved_tensors, ctx.blocks, ctx.softplus, grad_y, grad_last), None
 
 
 def _backward(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor,
-    bias: Tensor,
-    starts: Tensor,
-    blocks: _Blocks,
-    softplus: bool,
-    grad_y: Tensor,
-    grad_last: Tensor,
+    saved: tuple[Tensor, ...], blocks: _Blocks, softplus: bool, grad_y: Tensor, grad_last: Tensor
 ) -> tuple[Tensor, ...]:
     """Gradients of the seven tensors. With g_t the gradient of s_t: g_t = C_t dy_t + exp(delta_{t+1} A) g_{t+1}."""
+    u, delta, A, B, C, D, bias, starts = saved
     decay, states, grads = (blocks.buffer(A) for _ in range(3))
     length, batch, *channels = u.shape
     grad_u, grad_delta = (u.new_empty(batch, length, *channels).transpose(0, 1) for _ in range(2))

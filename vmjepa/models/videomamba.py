@@ -32,6 +32,8 @@ class VideoMamba(nn.Module):
         ConfigError: sizes that do not divide into whole tokens, or a width that the position table cannot have.
     """
 
+    pos_embed: Tensor
+
     def __init__(
         self,
         img_size: int | tuple[int, int] = 224,

@@ -22,7 +22,6 @@ from vmjepa.models.layers import (
     key_mask,
     run_block,
     take,
-    trunc_normal_,
 )
 from vmjepa.models.positions import resize_positions, sincos_3d
 
@@ -83,6 +82,8 @@ class VisionTransformer(nn.Module):
         ConfigError: sizes that do not divide into whole tokens or heads.
     """
 
+    pos_embed: Tensor
+
     def __init__(
         self,
         img_size: int | tuple[int, int] = 224,
@@ -111,8 +112,7 @@ class VisionTransformer(nn.Module):
         self.blocks = nn.ModuleList([Block(embed_dim, num_heads, mlp_ratio, 1e-6, rate) for rate in rates])
         self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
         init_linears(self, init_std)
-        trunc_normal_(self.patch_embed.proj.weight, init_std)
-        nn.init.zeros_(self.patch_embed.proj.bias)
+        self.patch_embed.reset_parameters(init_std)
 
     def forward(self, x: Tensor, context: TokenSet | None = None) -> Tensor:
         """Tokens of `context`, or all tokens; rows beyond a clip's length mean nothing."""
