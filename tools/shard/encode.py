@@ -31,10 +31,14 @@ class Codec:
     pix_fmt: str = "yuv420p"
 
 
-_X265 = "pools=none:frame-threads=1:scenecut=0:open-gop=0:log-level=none"
+# On pictures a few blocks wide, the tree rate control of x264 gives now these bytes, now those, and that of x265 writes
+# outside its memory (seen with the versions in PyAV 18.1), so both do without.
+_X264 = {"crf": "20", "sc_threshold": "0", "x264-params": "mbtree=0"}
+_X265 = {"crf": "22", "x265-params": "pools=none:frame-threads=1:cutree=0:scenecut=0:open-gop=0:log-level=none"}
+
 CODECS = {
-    "h264": Codec("libx264", "mp4", "mp4", {"preset": "medium", "crf": "20", "sc_threshold": "0"}),
-    "hevc": Codec("libx265", "mp4", "mp4", {"crf": "22", "x265-params": _X265}),
+    "h264": Codec("libx264", "mp4", "mp4", _X264),
+    "hevc": Codec("libx265", "mp4", "mp4", _X265),
     "vp8": Codec("libvpx", "webm", "webm", {"crf": "10", "b": "4M", "deadline": "good", "cpu-used": "2"}),
     "vp9": Codec("libvpx-vp9", "webm", "webm", {"crf": "28", "b": "0", "deadline": "good", "cpu-used": "2"}),
     "av1": Codec("libsvtav1", "mp4", "mp4", {"crf": "30", "preset": "8", "svtav1-params": "lp=1"}),

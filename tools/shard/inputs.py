@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from vmjepa.data.files import printable, read_clip_csv
+from vmjepa.data.files import printable, read_rows
 from vmjepa.errors import DataError, storage_error
 
 LAYOUTS = ("auto", "classes", "flat")
@@ -17,7 +17,7 @@ OUTSIDE_CLASSES = "outside the class folders"
 _VIDEO_SUFFIX = re.compile(r"\.(mp4|m4v|mov|mkv|webm|avi|mpe?g|m?2?ts|wmv|flv|ogv|3gp|vob|gif|mxf|asf)", re.IGNORECASE)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Clip:
     """One clip to pack. `row` counts from 1 in the CSV or in the sorted listing of the folder."""
 
@@ -45,6 +45,8 @@ def list_input(path: Path, layout: str, exclude: Path) -> Listing:
     all levels), or "auto": flat when videos lie at the top or there are no subfolders, otherwise classes.
     Raises DataError: no such input, nothing in it, a CSV that cannot be read.
     """
+    if not path.exists():
+        raise DataError(f"{path}: no such file or folder; give a CSV of `path label` rows or a folder with videos")
     if not path.is_dir():
         return Listing("csv", _csv_clips(path))
     names = sorted(_walk(path, exclude.resolve()))
@@ -73,9 +75,9 @@ def list_input(path: Path, layout: str, exclude: Path) -> Listing:
 
 def _csv_clips(path: Path) -> list[Clip]:
     clips = []
-    for row, full, label in read_clip_csv(path):
-        source = os.path.relpath(full, path.parent) if not os.path.isabs(full) else full
-        clips.append(Clip(row, full, printable(source), label, _size(full)))
+    for row, name, label in read_rows(path):
+        full = os.path.join(path.parent, name)
+        clips.append(Clip(row, full, printable(name), label, _size(full)))
     return clips
 
 

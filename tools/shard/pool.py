@@ -14,6 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+COMMAND = [sys.executable, "-P", "-m", "tools.shard.worker"]
 TIMED_OUT = "time-out"
 CRASHED = "decoder crashed"
 _AHEAD = 32  # answers per worker that may wait for a slower clip before them
@@ -25,7 +26,7 @@ class _Worker:
         root = str(Path(__file__).resolve().parents[2])
         path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
         self.process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "tools.shard.worker"],
+            COMMAND,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env=os.environ | {"PYTHONPATH": path, "SVT_LOG": "0"},
@@ -34,11 +35,12 @@ class _Worker:
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         self._input, self.output = self.process.stdin, self.process.stdout
-        self.task: int | None = None
         self.ready = False
+        self.task: int | None = None
+        self.seconds = 0.0  # that the task may take
 
     def send(self, number: int, task: dict[str, Any]) -> None:
-        self.task = number
+        self.task, self.seconds = number, task["seconds"]
         with suppress(BrokenPipeError):  # it died while idle; the end of its output tells
             self._input.write(json.dumps(task) + "\n")
             self._input.flush()
@@ -109,7 +111,7 @@ class WorkerPool:
             if number is None:
                 return
             if end == TIMED_OUT:
-                self._answers[number] = {"reason": TIMED_OUT, "detail": ""}
+                self._answers[number] = {"reason": TIMED_OUT, "detail": f"more than {worker.seconds:.0f} s"}
             elif self._attempts[number] >= _ATTEMPTS:
                 self._answers[number] = {"reason": CRASHED, "detail": end}
             else:

@@ -1,7 +1,7 @@
 """Loose video files named by a CSV, V-JEPA's own input: one `path label` per row, no sharding.
 
-    clips = FileDataset("train.csv")        # same interface as vmjepa.data.shards.ShardDataset
-    data = clips.read(0)                    # the file's bytes
+clips = FileDataset("train.csv")        # same interface as vmjepa.data.shards.ShardDataset
+data = clips.read(0)                    # the file's bytes
 """
 
 from __future__ import annotations
@@ -38,13 +38,20 @@ def _split_row(line: str) -> tuple[str, str]:
 
 
 def read_clip_csv(path: str | Path) -> list[tuple[int, str, int]]:
-    """Reads the rows of a clip list.
+    """The clips of a list: (row number counted from 1, path, label), relative paths joined to the CSV's folder.
+
+    Raises DataError as `read_rows` does. Paths that do not exist are not looked for.
+    """
+    folder = Path(path).parent
+    return [(row, os.path.join(folder, name), label) for row, name, label in read_rows(path)]
+
+
+def read_rows(path: str | Path) -> list[tuple[int, str, int]]:
+    """Reads the rows of a clip list: (row number counted from 1, path as written, label).
 
     A row is `path label` (V-JEPA), `path,label` or `"path",label`; the last field is the label, an integer (-1 = none),
     so unquoted paths may hold spaces and commas. Blank rows are skipped, and so is a first row such as `path,label`.
-    Relative paths are meant from the CSV's own folder. Paths that do not exist are not looked for here.
 
-    Returns (row number counted from 1, path, label) per clip, paths as strings joined to the CSV's folder.
     Raises DataError: no such file, no clips in it, a row without a path or whose label is no 32-bit integer >= -1.
     """
     path = Path(path)
@@ -77,7 +84,7 @@ def read_clip_csv(path: str | Path) -> list[tuple[int, str, int]]:
             )
         if not -1 <= int(label) <= _INT32_MAX:
             raise DataError(f"{path} row {number}: label {label} is out of range; use 0, 1, 2, … or -1 for none")
-        clips.append((number, os.path.join(path.parent, name), int(label)))
+        clips.append((number, name, int(label)))
     if not clips:
         raise DataError(f"{path} lists no clips; write one `path label` per row")
     return clips

@@ -10,7 +10,8 @@ A clip passes when a decoder gives all of its frames, unharmed. It fails ("reaso
 - it ends clearly before the duration that its container claims (truncated);
 - its frame size changes on the way (crops are planned in pixels of one size).
 Messages that FFmpeg merely logs do not count, except a demuxer's word that the file ended too early: many sound
-videos make decoders grumble.
+videos make decoders grumble. What no container claims cannot be missed: an Ogg or GIF file, or a transport stream cut
+between two pictures, passes with the frames it has.
 """
 
 from __future__ import annotations
@@ -116,8 +117,9 @@ def open_clip(path: str | os.PathLike[str]) -> BinaryIO:
 
 
 def _probe(file: BinaryIO, suffix: str) -> ClipInfo:
-    level = av.logging.get_level()
+    level, skip_repeated = av.logging.get_level(), av.logging.get_skip_repeated()
     av.logging.set_level(av.logging.ERROR)
+    av.logging.set_skip_repeated(False)  # two truncated files in a row give the same message
     try:
         with av.logging.Capture() as messages, _open(file) as container:
             clip = _decode_all(container, suffix)
@@ -127,6 +129,7 @@ def _probe(file: BinaryIO, suffix: str) -> ClipInfo:
         raise BadClipError(DECODER_ERROR, "needs more memory than a worker may use") from None
     finally:
         av.logging.set_level(level)
+        av.logging.set_skip_repeated(skip_repeated)
     for _, _, message in messages:
         if "ended prematurely" in message or "partial file" in message:
             raise BadClipError(TRUNCATED, message.strip())
