@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 import subprocess
 import sys
 import time
@@ -147,21 +148,44 @@ def test_killed_runs_continue_bit_for_bit(config, reference, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_stop_request_saves_and_asks_for_requeue(config, reference, tmp_path):
-    """SIGTERM finishes the step, saves, exits 85; the next start goes on to the same end."""
+@pytest.mark.parametrize("devices", [[], ["--devices", "cpu", "cpu"]], ids=["one-rank", "two-devices"])
+def test_a_stop_request_saves_and_asks_for_requeue(config, tmp_path, devices):
+    """SIGTERM to the command finishes the step, saves on all ranks, exits 85; the next start goes on to the end."""
     run = tmp_path / "run"
+    command = [*command_of(config, run, 1), *devices]
     with open(tmp_path / "log", "w") as log:
-        process = subprocess.Popen(command_of(config, run, 1, "model.drop_path=0.0"), cwd=ROOT, stdout=log, stderr=log)
+        process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log)
         metrics = run / "metrics.jsonl"
         while not (metrics.exists() and metrics.read_text().count("\n") >= 4):
             assert process.poll() is None, (tmp_path / "log").read_text()[-3000:]
             time.sleep(0.01)
         process.terminate()
-        assert process.wait(timeout=60) == 85
+        assert process.wait(timeout=60) == 85, (tmp_path / "log").read_text()[-3000:]
     stopped = json.loads((run / "status.json").read_text())
     assert stopped["state"] == "stopped"
     assert (run / "checkpoints" / f"step_{stopped['step']:08d}").is_dir()
-    assert sorted(train(config, run, 1, "model.drop_path=0.0")) == list(range(1, STEPS + 1))
+    assert subprocess.run(command, cwd=ROOT, capture_output=True).returncode == 0
+    assert sorted(losses(run)) == list(range(1, STEPS + 1))
+
+
+@pytest.mark.slow
+def test_a_damaged_shard_ends_all_ranks_with_one_sentence(config, tmp_path):
+    """The rank that reads it names shard and key; the launch ends with 93, without a traceback."""
+    import pyarrow.parquet as parquet
+
+    shards = tmp_path / "shards"
+    shutil.copytree(config.parent / "shards", shards)
+    row = parquet.read_table(shards / "manifest.parquet").to_pylist()[3]
+    with open(shards / row["shard"], "rb+") as tar:
+        tar.seek(row["offset"] + row["length"] // 2)
+        byte = tar.read(1)[0]
+        tar.seek(-1, 1)
+        tar.write(bytes([byte ^ 0xFF]))
+    command = command_of(config, tmp_path / "run", 1, f"data.datasets=[{shards}]")
+    done = subprocess.run([*command, "--devices", "cpu", "cpu"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 93
+    assert f"{row['shard']} key {row['key']}" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 @pytest.mark.slow

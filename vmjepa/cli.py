@@ -12,6 +12,7 @@ import typer
 
 from vmjepa.errors import handle_errors
 from vmjepa.launch import local
+from vmjepa.run_dir import RunDir
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 
@@ -36,7 +37,8 @@ def pretrain(config: Config, overrides: Overrides = None, devices: Devices = Non
     cfg = load_pretrain(config, overrides or [])
     _say_once(cfg.notices)
     if devices and not local.is_rank() and len(devices) > 1:
-        sys.exit(local.launch(devices, ["pretrain", str(config), *(overrides or [])]))
+        stop_file = RunDir(cfg.logging.folder).control / "stop"
+        sys.exit(local.launch(devices, ["pretrain", str(config), *(overrides or [])], stop_file))
     if devices and not local.is_rank():
         local.check_devices(devices)
     from vmjepa.train.pretrain import pretrain as run

@@ -41,6 +41,12 @@ class StorageError(UserError):
     exit_code = 1
 
 
+class PeerLostError(UserError):
+    """Another rank has ended. A crash here: that rank's own exit code says whether a retry makes sense."""
+
+    exit_code = 1
+
+
 _OS_REMEDIES = {
     errno.ENOSPC: "the disk is full; make room or choose another folder, then run the same command again",
     errno.EDQUOT: "the disk quota is used up; make room or choose another folder, then run the same command again",

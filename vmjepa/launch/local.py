@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import signal
 import sys
 import uuid
+from pathlib import Path
 
 from vmjepa.errors import EXIT_REQUEUE, ConfigError
 
@@ -22,8 +25,10 @@ def rank_device() -> str | None:
     return devices.split(",")[int(os.environ.get("LOCAL_RANK", "0"))] if devices else None
 
 
-def launch(devices: list[str], arguments: list[str]) -> int:
+def launch(devices: list[str], arguments: list[str], stop_file: Path) -> int:
     """Runs `python -m vmjepa.cli ARGUMENTS` once per device and waits.
+
+    SIGTERM, SIGUSR1 or Ctrl-C make `stop_file`, on which the ranks save and end together; a second Ctrl-C ends at once.
 
     Returns:
         0 when all ranks succeed, else the exit code of the rank that failed first (85 stays 85, 93 stays 93).
@@ -43,8 +48,12 @@ def launch(devices: list[str], arguments: list[str]) -> int:
         rdzv_backend="c10d",
         rdzv_endpoint="127.0.0.1:0",
         max_restarts=0,
+        signals_to_handle="SIGHUP",
     )
     os.environ[_DEVICES] = ",".join(devices)
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # said below, in one line
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        signal.signal(number, lambda got, _: _ask_to_stop(got, stop_file))
     try:
         elastic_launch(config, sys.executable)("-m", "vmjepa.cli", *arguments)
     except ChildFailedError as failure:
@@ -54,6 +63,12 @@ def launch(devices: list[str], arguments: list[str]) -> int:
             print(f"error: rank {rank} ({devices[rank]}) ended first, with exit code {code}", file=sys.stderr)
         return code if 0 < code < 256 else 1
     return 0
+
+
+def _ask_to_stop(number: int, stop_file: Path) -> None:
+    if (stop_file.exists() and number == signal.SIGINT) or not stop_file.parent.is_dir():
+        raise KeyboardInterrupt  # asked for twice, or nothing has begun
+    stop_file.touch()
 
 
 def check_devices(devices: list[str]) -> None:

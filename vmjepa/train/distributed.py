@@ -6,6 +6,7 @@ import datetime
 import logging
 import os
 import socket
+import warnings
 from dataclasses import dataclass
 
 import torch
@@ -63,6 +64,7 @@ def _start_deepspeed(device: torch.device, size: int) -> None:
     from deepspeed.utils import logger
 
     logger.setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", message=".*all_gather_into_tensor.* is deprecated", category=FutureWarning)
     deepspeed.ops.__compatible_ops__ = {}
     if dist.is_initialized():
         return
@@ -78,6 +80,12 @@ def _start_deepspeed(device: torch.device, size: int) -> None:
             f"rank {os.environ['RANK']} of {size} could not join the others at {os.environ['MASTER_ADDR']}:"
             f"{os.environ['MASTER_PORT']} ({error}); check that every rank was started and can reach that address"
         ) from error
+
+
+def peer_lost(error: RuntimeError) -> bool:
+    """True when a collective failed because another rank has ended."""
+    signs = ("closed by peer", "reset by peer", "Broken pipe", "Socket Timeout", "remote process exited")
+    return isinstance(error, dist.DistBackendError) or any(sign in str(error) for sign in signs)
 
 
 def _free_port() -> str:

@@ -21,13 +21,13 @@ from torch import Tensor
 from vmjepa.config import PretrainConfig
 from vmjepa.data.loader import Batch, to_model_input, train_loader
 from vmjepa.data.shards import open_dataset
-from vmjepa.errors import EXIT_REQUEUE, ConfigError
+from vmjepa.errors import EXIT_REQUEUE, ConfigError, PeerLostError
 from vmjepa.jepa import JEPA, skill_baseline
 from vmjepa.masks import GlobalMask, StepMask, draw_mask
 from vmjepa.models import build_encoder, build_predictor, decays
 from vmjepa.run_dir import RunDir, provenance, write_atomic
 from vmjepa.train import checkpoint, control
-from vmjepa.train.distributed import World, barrier, init_world, sum_over_ranks
+from vmjepa.train.distributed import World, barrier, init_world, peer_lost, sum_over_ranks
 from vmjepa.train.ema import TargetEncoder
 from vmjepa.train.engine import MODULES, Engine, EngineSettings, partition_target
 from vmjepa.train.metrics import MetricsWriter, TokenSpread, memory_gib, target_ranks
@@ -48,6 +48,10 @@ def pretrain(cfg: PretrainConfig, device: str | None = None) -> int:
     trainer = Trainer(cfg, init_world(device))
     try:
         return trainer.run()
+    except RuntimeError as error:
+        if trainer.world.size > 1 and peer_lost(error):
+            raise PeerLostError("another rank has ended, so this one cannot go on; see that rank's message") from error
+        raise
     finally:
         trainer.close()
 
