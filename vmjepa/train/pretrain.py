@@ -63,6 +63,8 @@ class Trainer:
         self.cfg, self.world = cfg, world
         self.run_dir = RunDir(cfg.logging.folder)
         self._resume_from = self._find_checkpoint()
+        read = cfg.meta.read_checkpoint
+        self._start_from = checkpoint.resolve(read) if read and self._resume_from is None else None
         opt = cfg.optimization
         self.schedule = Schedule(
             opt.ipe, opt.epochs, opt.warmup, opt.ipe_scale, opt.start_lr, opt.lr, opt.final_lr,
@@ -109,9 +111,7 @@ class Trainer:
         encoder = build_encoder(cfg)
         model = JEPA(encoder, build_predictor(cfg, encoder), cfg.loss.loss_exp, cfg.loss.reg_coeff)
         optimizer_state = target_state = None
-        folder = self._resume_from
-        if folder is None and cfg.meta.read_checkpoint is not None:
-            folder = checkpoint.resolve(cfg.meta.read_checkpoint)
+        folder = self._resume_from or self._start_from
         if folder is not None:
             saved = checkpoint.load(folder)
             expected = model.state_dict()
