@@ -39,7 +39,7 @@ _SHORT_SIDE = (
     "128"  # the user's videos are shrunk to this: the demo looks at 48 pixels, and decoding is most of the work
 )
 
-console = Console(highlight=False)
+console = Console(highlight=False, width=None if sys.stdout.isatty() else 110)
 
 
 class Demo:
@@ -132,8 +132,10 @@ class Demo:
                 console.print(line)
         else:
             console.print(f"probe              not possible: {sets.why_no_probe}")
-        console.print(f"curves             {curves}")
-        console.print(f"TensorBoard        {_shown('tensorboard')} --logdir {shlex.quote(str(self.run_dir))}")
+        console.print(f"curves             {curves}", soft_wrap=True)
+        console.print(
+            f"TensorBoard        {_shown('tensorboard')} --logdir {shlex.quote(str(self.run_dir))}", soft_wrap=True
+        )
         console.print(f"time               {time.monotonic() - self.began:.0f} s")
 
     def _step(self, title: str) -> None:
@@ -163,7 +165,7 @@ def _fingerprint(videos: Path | None) -> str:
     digest = hashlib.sha256()
     sources = sorted(path for part in ("vmjepa", "tools") for path in (ROOT / part).rglob("*.py"))
     for path in [*sources, PRETRAIN, EVALUATE]:
-        digest.update(f"{path.relative_to(ROOT)}\0".encode() + path.read_bytes())
+        digest.update(f"{os.path.relpath(path, ROOT)}\0".encode() + path.read_bytes())
     if videos:
         for path in sorted(videos.rglob("*")):
             facts = path.lstat()
@@ -172,20 +174,22 @@ def _fingerprint(videos: Path | None) -> str:
 
 
 def _course(metrics: list[dict[str, Any]], key: str, digits: int = 2) -> str:
-    rows = [row for row in metrics if row.get(key) is not None]
-    if not rows:
+    """Means over the first and the last tenth of the logged values: single batches are noisy."""
+    values = [row[key] for row in metrics if row.get(key) is not None]
+    if not values:
         return "not logged"
-    first, last = rows[0], rows[-1]
-    return f"{first[key]:.{digits}f} at step {first['step']} → {last[key]:.{digits}f} at step {last['step']}"
+    tenth = max(1, len(values) // 10)
+    first, last = (sum(part) / tenth for part in (values[:tenth], values[-tenth:]))
+    return f"{first:.{digits}f} → {last:.{digits}f}"
 
 
 def _findings(results: dict[str, Any]) -> list[str]:
     """The probes in plain lines, good or bad; the full table stands above."""
     lines = [f"{probe + ' probe':18s} {found}" for probe, found in results["verdict"].items()]
-    still = [f"{100 * row['mean']:.0f} %" for row in results["summary"] if row["single_frame"]]
-    if still:
-        chance = 100 * results["chance"]["uniform"]
-        lines.append(f"one frame only     {', '.join(still)} against {chance:.0f} % by guessing")
+    for row in results["summary"]:
+        if row["single_frame"]:
+            found, chance = 100 * row["mean"], 100 * results["chance"]["uniform"]
+            lines.append(f"one frame only     {row['probe']} {found:.0f} %, guessing {chance:.0f} %")
     if not any(found.startswith("better") for found in results["verdict"].values()):
         lines.append("No gain over a random encoder: expected of a run this short, and no evidence about longer ones.")
     return lines

@@ -27,8 +27,8 @@ class VideoSets:
 def find_sets(folder: Path, lists: Path) -> VideoSets:
     """Understands `folder`: train/ and test/ with class folders in each, class folders, or any other videos.
 
-    Class folders without a split are split by a hash of each video's name, a fifth of each class for the test, so that
-    the split does not change when videos are added. The lists of clips are written to the folder `lists`.
+    Class folders without a split are split by a hash of each video's name: a fifth of each class is for the test, at
+    least one video where a class has two. The lists of clips are written to the folder `lists`.
 
     Raises:
         DataError: nothing in the folder.
@@ -37,12 +37,15 @@ def find_sets(folder: Path, lists: Path) -> VideoSets:
     if test is not None and (folder / "train").is_dir():
         parts = {"train": _labelled(folder / "train", lists), "test": _labelled(test, lists)}
     else:
-        clips = _labelled(folder, lists)
-        parts = {"train": [c for c in clips if not _is_test(c[0])], "test": [c for c in clips if _is_test(c[0])]}
+        parts = _split(_labelled(folder, lists))
     classes = sorted({name for clips in parts.values() for _, name in clips})
     trained = {name for _, name in parts["train"]}
     if len(trained) < 2 or not parts["test"]:
-        why = "a probe needs at least two class folders" if len(classes) < 2 else "there are too few videos to split"
+        why = (
+            "a probe needs at least two class folders"
+            if len(classes) < 2
+            else "no class has two videos, one to train on and one to test"
+        )
         return VideoSets(folder, None, [], why)
     lists.mkdir(parents=True, exist_ok=True)
     for part, clips in parts.items():
@@ -57,8 +60,16 @@ def _labelled(folder: Path, lists: Path) -> list[tuple[Clip, str]]:
     return [(clip, names[clip.label]) for clip in listing.clips if clip.label >= 0]
 
 
-def _is_test(clip: Clip) -> bool:
-    return int(hashlib.sha256(clip.source.encode()).hexdigest(), 16) % _ONE_IN == 0
+def _split(clips: list[tuple[Clip, str]]) -> dict[str, list[tuple[Clip, str]]]:
+    parts: dict[str, list[tuple[Clip, str]]] = {"train": [], "test": []}
+    for name in sorted({name for _, name in clips}):
+        members = sorted(
+            (c for c in clips if c[1] == name), key=lambda c: hashlib.sha256(c[0].source.encode()).digest()
+        )
+        tests = max(len(members) // _ONE_IN, min(1, len(members) - 1))
+        parts["test"] += members[:tests]
+        parts["train"] += members[tests:]
+    return parts
 
 
 def _write_csv(path: Path, clips: list[tuple[Clip, str]], classes: list[str]) -> None:

@@ -143,7 +143,7 @@ class ProbeSection(Section):
     random_baseline: bool = True
     """Train the same probes on a randomly initialised encoder too, to show what pretraining gained."""
     single_frame_baseline: bool = False
-    """Train the same probes on clips that repeat their middle frame, to show what needs no motion."""
+    """Probe the pretrained encoder on clips that repeat their middle frame too, to show what needs no motion."""
     cached_draws: int = Field(default=0, ge=0)
     """0: clips are drawn and encoded anew in every epoch. K: K draws of each training clip, and the validation clips, are
     encoded once and kept in memory; epoch e uses draw e mod K."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +40,15 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return [steps[step] for step in sorted(steps)]
 
 
+def smoothed(values: Sequence[float]) -> list[float]:
+    """Centred means over about a tenth of the curve; at the ends over what is there."""
+    half = len(values) // 20
+    windows = [values[max(0, i - half) : i + half + 1] for i in range(len(values))]
+    return [sum(window) / len(window) for window in windows]
+
+
 def draw_curves(metrics: list[dict[str, Any]], png: Path, title: str) -> None:
-    """Four panels over the optimizer step: loss, skill, rank, gradient norms. Keys never logged are left out."""
+    """Four panels over the optimizer step, each curve as logged (thin) and smoothed; keys never logged are left out."""
     import matplotlib
 
     matplotlib.use("Agg")  # no display needed
@@ -51,7 +59,9 @@ def draw_curves(metrics: list[dict[str, Any]], png: Path, title: str) -> None:
         for key, legend in curves:
             points = [(row["step"], row[key]) for row in metrics if row.get(key) is not None]
             if points:
-                axis.plot(*zip(*points, strict=True), label=legend, linewidth=1.2)
+                steps, values = zip(*points, strict=True)
+                (line,) = axis.plot(steps, values, linewidth=0.8, alpha=0.35)
+                axis.plot(steps, smoothed(values), label=legend, color=line.get_color(), linewidth=1.8)
         axis.set(title=name, xlabel="optimizer step", yscale=scale)
         axis.grid(alpha=0.3)
         if len(curves) > 1 and axis.lines:

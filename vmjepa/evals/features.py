@@ -167,11 +167,10 @@ def build_arms(cfg: EvalConfig, pretrained: Pretrained, world: World) -> list[Ar
         encoders["random"] = _encoder(trained)
     for encoder in encoders.values():
         encoder.to(world.device).eval().requires_grad_(False)
-    return [
-        Arm(name, single_frame, encoder, trained.data.normalize)
-        for single_frame in ((False, True) if cfg.probe.single_frame_baseline else (False,))
-        for name, encoder in encoders.items()
-    ]
+    arms = [Arm(name, False, encoder, trained.data.normalize) for name, encoder in encoders.items()]
+    if cfg.probe.single_frame_baseline:
+        arms.append(Arm("pretrained", True, encoders["pretrained"], trained.data.normalize))
+    return arms
 
 
 def _encoder(trained: PretrainConfig) -> Encoder:

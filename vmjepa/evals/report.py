@@ -63,19 +63,20 @@ def summarize(results: Sequence[ProbeResult]) -> list[dict[str, Any]]:
 def standard_error(row: Mapping[str, Any]) -> float:
     """Standard error of a row's mean: drawing of the validation videos (binomial) and of the probe's seed, added.
 
-    It takes validation videos for independent; where they share scenes or pictures the truth is wider.
+    It takes validation videos for independent; where they share scenes or pictures the truth is wider. The binomial
+    share is taken one success and one failure further in, so that it is not certain of 0 or 100 % of a few videos.
     """
-    drawn = row["mean"] * (1 - row["mean"]) / row["videos"]
-    return math.sqrt(drawn + row["deviation"] ** 2 / row["seeds"])
+    videos = row["videos"]
+    share = (row["mean"] * videos + 1) / (videos + 2)
+    return math.sqrt(share * (1 - share) / videos + row["deviation"] ** 2 / row["seeds"])
 
 
 def verdict(pretrained: Mapping[str, Any], random: Mapping[str, Any]) -> str:
-    """Whether pretraining helped: a difference counts when it exceeds two standard errors."""
+    """Whether pretraining helped, in points ± two standard errors; a smaller difference does not count."""
     gain = pretrained["mean"] - random["mean"]
     margin = 2 * math.hypot(standard_error(pretrained), standard_error(random))
-    found = "no clear difference" if abs(gain) <= margin else "better" if gain > 0 else "worse"
-    comparison = "from" if found == "no clear difference" else "than"
-    return f"{found} {comparison} random ({100 * gain:+.1f} points, {100 * margin:.1f} needed)"
+    found = "like random" if abs(gain) <= margin else "better than random" if gain > 0 else "worse than random"
+    return f"{found} ({100 * gain:+.1f} ± {100 * margin:.1f} points)"
 
 
 def verdicts(results: Sequence[ProbeResult]) -> dict[str, str]:
@@ -114,15 +115,15 @@ def as_table(results: Sequence[ProbeResult], chance: Chance, title: str) -> Tabl
     table.add_column("probe")
     table.add_column("sees")
     for encoder in encoders:
-        table.add_column(f"{encoder} encoder", justify="right")
-    table.add_column("pretraining")
+        table.add_column(encoder, justify="right")
+    table.add_column("pretrained encoder does")
     judged = verdicts(results)
     for probe, single_frame in dict.fromkeys((probe, single_frame) for probe, single_frame, _ in rows):
         cells = [_cell(rows.get((probe, single_frame, encoder))) for encoder in encoders]
         last = "" if single_frame else judged.get(probe, "")
         table.add_row(probe, "one frame" if single_frame else "whole clip", *cells, last)
     guess = f"{100 * chance.uniform:.1f} %"
-    table.add_row("guessing", "nothing", *[guess] * len(encoders), f"commonest label: {100 * chance.majority:.1f} %")
+    table.add_row("guessing", "nothing", *[guess] * len(encoders), f"(commonest label: {100 * chance.majority:.1f} %)")
     return table
 
 

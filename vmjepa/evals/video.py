@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -229,7 +230,7 @@ class Evaluation:
                 f"accuracy on {len(self.validation_samples)} validation videos, mean ± deviation over "
                 f"{len(self.cfg.optimization.seeds)} probe seeds"
             )
-            Console(width=None).print(as_table(results, chance, title))
+            Console(width=None if sys.stdout.isatty() else 110).print(as_table(results, chance, title))
             print(f"results: {self.out / RESULTS}")
         return report
 
