@@ -61,6 +61,38 @@ def evaluate(config: Config, overrides: Overrides = None, device: Annotated[str 
     run(cfg, device)
 
 
+submit_app = typer.Typer(no_args_is_help=True)
+app.add_typer(submit_app, name="submit", help="Submit a job to a cluster: one profile per site, see configs/clusters/.")
+
+
+@submit_app.command("pretrain")
+def submit_pretrain(
+    config: Config,
+    overrides: Overrides = None,
+    cluster: Annotated[str, typer.Option(help="profile in configs/clusters/, or the path of one")] = "local",
+    nodes: Annotated[int | None, typer.Option(min=1, help="computers; the profile's number when left out")] = None,
+    folder: Annotated[Path | None, typer.Option(help="run directory, instead of the config's logging.folder")] = None,
+    partition: Annotated[str | None, typer.Option(help="partition, instead of the profile's")] = None,
+    settings: Annotated[list[str] | None, typer.Option("--set", help="key.sub=value for the profile")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="print the job script and do nothing else")] = False,
+) -> None:
+    """Pretrain as a job that saves before its time is up, goes back into the queue, and goes on.
+
+    Example: vmjepa submit pretrain configs/pretrain/demo.yaml --cluster slurm-bare --nodes 2 --partition gpu
+    """
+    from vmjepa.launch import submit
+    from vmjepa.launch.render import render
+
+    changes = [*(settings or []), *([f"slurm.partition={partition}"] if partition is not None else [])]
+    request = submit.Request(config, overrides or [], cluster, changes, nodes, folder)
+    cfg, job = submit.pretrain_job(request, Path.cwd())
+    _say_once(cfg.notices)
+    if dry_run:
+        print(render("pretrain", job), end="")
+    else:
+        sys.exit(submit.submit(job, cfg))
+
+
 def _say_once(notices: list[str]) -> None:
     if os.environ.get("RANK", "0") == "0":
         for notice in notices:

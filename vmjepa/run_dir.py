@@ -18,6 +18,10 @@ from vmjepa.errors import storage_error
 PACKAGES = ("torch", "deepspeed", "mamba-ssm", "causal-conv1d", "nvidia-dali-cuda130", "av", "webdataset", "numpy")
 
 
+ATTEMPT = "VMJEPA_ATTEMPT"
+"""Variable in which a job script names the folder attempts/N that it made for this start."""
+
+
 class RunDir:
     """Paths inside runs/NAME. Creating the object touches nothing; `create` makes the folders."""
 
@@ -67,7 +71,9 @@ class RunDir:
             raise storage_error(error, f"creating the run directory {self.root}") from error
 
     def next_attempt(self) -> Path:
-        """Creates and returns attempts/N for this start of the run, N counting from 1."""
+        """Creates and returns attempts/N for this start of the run, N counting from 1; in a job, the job's own."""
+        if ATTEMPT in os.environ:
+            return Path(os.environ[ATTEMPT])
         attempts = self.root / "attempts"
         numbers = [int(p.name) for p in attempts.glob("*") if p.name.isdigit()]
         folder = attempts / str(max(numbers, default=0) + 1)

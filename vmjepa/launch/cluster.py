@@ -93,7 +93,7 @@ class SlurmSection(Section):
     """Address for mail about the job."""
     mail_type: SlurmName = "END,FAIL,REQUEUE"
     """When mail is sent (with mail_user)."""
-    extra: list[SbatchLine] = Field([])
+    extra: list[SbatchLine] = Field(default=[])
     """Further sbatch options, one per entry, e.g. --exclusive."""
 
 
@@ -130,9 +130,9 @@ class ContainerSection(Section):
     """Image file (apptainer, pyxis .sqsh) or name (docker, podman, pyxis docker://…)."""
     venv: AbsolutePath | None = None
     """With runtime none: the virtual environment; null means the one that runs `vmjepa submit`."""
-    binds: list[Bind] = Field([])
+    binds: list[Bind] = Field(default=[])
     """Folders to show inside, /host[:/inside[:ro]]; the run directory and the config's folder are added."""
-    pass_environment: list[Variable] = Field([])
+    pass_environment: list[Variable] = Field(default=[])
     """Variables of the job that the container may see; what the job itself needs is added."""
 
     @model_validator(mode="after")
@@ -196,9 +196,9 @@ class ClusterProfile(Section):
     """One computer."""
     container: ContainerSection = ContainerSection()
     """What the ranks run in."""
-    modules: list[SlurmName] = Field([])
+    modules: list[SlurmName] = Field(default=[])
     """Environment modules to load, in this order."""
-    environment: dict[Variable, str] = Field({})
+    environment: dict[Variable, str] = Field(default={})
     """Variables to set for the ranks."""
     network: NetworkSection = NetworkSection()
     """How ranks reach each other."""

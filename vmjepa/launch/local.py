@@ -11,7 +11,8 @@ from pathlib import Path
 
 from vmjepa.errors import EXIT_REQUEUE, ConfigError
 
-_DEVICES = "VMJEPA_DEVICES"
+DEVICES = "VMJEPA_DEVICES"
+"""Variable that names the device of each local rank, with commas."""
 
 
 def is_rank() -> bool:
@@ -21,7 +22,7 @@ def is_rank() -> bool:
 
 def rank_device() -> str | None:
     """The device the launcher chose for this rank; None leaves the choice to the rank."""
-    devices = os.environ.get(_DEVICES)
+    devices = os.environ.get(DEVICES)
     return devices.split(",")[int(os.environ.get("LOCAL_RANK", "0"))] if devices else None
 
 
@@ -50,7 +51,7 @@ def launch(devices: list[str], arguments: list[str], stop_file: Path) -> int:
         max_restarts=0,
         signals_to_handle="SIGHUP",
     )
-    os.environ[_DEVICES] = ",".join(devices)
+    os.environ[DEVICES] = ",".join(devices)
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # said below, in one line
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
         signal.signal(number, lambda got, _: _ask_to_stop(got, stop_file))
