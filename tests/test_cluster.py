@@ -47,6 +47,7 @@ def test_ready_profiles_load(name):
         ({"environment": {"A B": "1"}}, "environment"),
         ({"scheduler": "none", "nodes": 2}, "nodes: 2 computers need a scheduler"),
         ({"scratch": {"folder": "/tmp", "variable": "TMPDIR"}}, "scratch.variable"),
+        ({"container": {"runtime": "pyxis", "image": "x"}, "scratch": {"variable": "TMPDIR"}}, "scratch.variable"),
         ({"requeue": {"mode": "chain", "lead_seconds": 5}}, "requeue.lead_seconds"),
     ],
     ids=lambda value: str(value)[:40] if isinstance(value, dict) else "",

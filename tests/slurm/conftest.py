@@ -42,7 +42,7 @@ def slurm(tmp_path_factory) -> Iterator[SlurmCluster]:
     missing = SlurmCluster.missing()
     if missing:
         reason = f"no {', '.join(missing)} here; on Debian: apt install slurmctld slurmd slurm-client munge"
-        if os.environ.get("CI") and os.environ.get("VMJEPA_REQUIRE_SLURM") == "1":
+        if os.environ.get("VMJEPA_REQUIRE_SLURM") == "1":
             pytest.fail(reason)
         pytest.skip(reason)
     cluster = SlurmCluster(tmp_path_factory.mktemp("slurm"))

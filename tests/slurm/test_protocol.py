@@ -13,6 +13,8 @@ import pytest
 
 from tests.conftest import ROOT
 from tests.slurm.conftest import PROFILE, ended, log, submit, wait_for
+from vmjepa.launch.render import render
+from vmjepa.launch.submit import Request, pretrain_job
 
 _STAND_IN = """#!/bin/bash
 # python -m vmjepa.launch.node --nodes N --ranks R [--cpu] --head H --run RUN --logs LOGS -- ...
@@ -126,3 +128,33 @@ def test_sbatch_refusals_are_one_sentence(slurm, config, tmp_path):
     assert "sbatch refuses" in done.stderr
     assert "no-such" in done.stderr or "artition" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+_FITTING = {
+    "slurm-bare": [],
+    "slurm-apptainer": [],
+    "slurm-pyxis": [],
+    "example-university": ["slurm.partition=main", "slurm.constraint=null", "slurm.exclude=n4", "node.gpu_type=null",
+                           "node.memory=2G"],
+    "example-large-site": ["slurm.partition=main", "nodes=4", "node.cpus=64"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("cluster", _FITTING)
+def test_sbatch_accepts_every_profile(slurm, config, tmp_path, cluster):
+    """Up to names that only the site has, which become this cluster's."""
+    request = Request(config, ["data.global_batch_size=null"], cluster, _FITTING[cluster], folder=tmp_path / "a run")
+    _, job = pretrain_job(request, tmp_path)
+    script = tmp_path / "script.sh"
+    script.write_text(render("pretrain", job))
+    slurm.run("sbatch", "--test-only", str(script))
+
+
+@pytest.mark.parametrize("setting", ["node.gpus=9", "slurm.constraint=a100", "slurm.time_limit=3-00:00:00", "nodes=5"])
+def test_sbatch_refuses_what_does_not_fit(slurm, config, tmp_path, setting):
+    """The options of a profile reach Slurm: asking for more than there is fails."""
+    _, job = pretrain_job(Request(config, ["data.global_batch_size=null"], "slurm-bare", [setting]), tmp_path)
+    script = tmp_path / "script.sh"
+    script.write_text(render("pretrain", job))
+    with pytest.raises(RuntimeError, match="sbatch --test-only"):
+        slurm.run("sbatch", "--test-only", str(script))

@@ -219,6 +219,10 @@ class ClusterProfile(Section):
                 raise KeyProblem("nodes", f"{self.nodes} computers need a scheduler; set scheduler to slurm")
             if self.container.runtime == "pyxis":
                 raise KeyProblem("container.runtime", "pyxis works through Slurm's srun; use docker or podman here")
+        elif self.container.runtime == "pyxis" and self.scratch.variable:
+            raise KeyProblem(
+                "scratch.variable", "a pyxis container does not see that folder; name it as scratch.folder"
+            )
         elif self.container.runtime in ("docker", "podman"):
             text = f"{self.container.runtime} is for one machine (scheduler: none); use apptainer or pyxis with Slurm"
             raise KeyProblem("container.runtime", text)

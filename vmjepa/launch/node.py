@@ -38,6 +38,7 @@ def main(arguments: list[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     number = int(os.environ.get("SLURM_NODEID", "0"))
     os.environ[ATTEMPT] = str(args.logs)
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # peers that end first are no news
     if args.cpu:
         os.environ[local.DEVICES] = ",".join(["cpu"] * args.ranks)
     for caught in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):

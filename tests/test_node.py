@@ -1,0 +1,74 @@
+"""The node launcher: whose exit code speaks, what becomes of requests, and one real launch of two ranks."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tests.conftest import ROOT
+from vmjepa.launch.node import ask_to_stop, last_line, telling_rank
+from vmjepa.run_dir import ATTEMPT, RunDir
+from vmjepa.train.control import NOTHING, STOP, Control
+
+
+@pytest.mark.parametrize(
+    ("codes", "first", "speaks"),
+    [
+        ({0: 1, 1: 93, 2: 1}, 0, 1),
+        ({2: -15, 3: 85}, 2, 3),
+        ({0: 85, 1: 93}, 0, 1),
+        ({4: -9, 5: 1}, 4, 4),
+    ],
+    ids=["never-retry-wins", "saved-wins-over-a-crash", "never-retry-wins-over-saved", "else-the-first"],
+)
+def test_the_rank_that_knows_speaks(codes, first, speaks):
+    assert telling_rank(codes, first) == speaks
+
+
+def test_a_machine_asks_in_words_and_never_over_a_person(tmp_path):
+    """The stop file of a signal has text; a person's empty one stays empty; before a run there is none."""
+    ask_to_stop(tmp_path, "SIGTERM")
+    assert not (tmp_path / "control").exists()
+    RunDir(tmp_path).create()
+    ask_to_stop(tmp_path, "SIGTERM")
+    assert (tmp_path / "control/stop").read_text() == "SIGTERM\n"
+    (tmp_path / "control/stop").write_text("")
+    ask_to_stop(tmp_path, "SIGTERM")
+    assert (tmp_path / "control/stop").read_text() == ""
+
+
+def test_a_job_keeps_a_stop_that_came_early(tmp_path, monkeypatch, single_world):
+    """Alone, a run clears old requests; in a job the script did so, and one that comes while ranks start counts."""
+    run = RunDir(tmp_path)
+    run.create()
+    for in_job, expected in ((False, NOTHING), (True, STOP)):
+        (run.control / "stop").touch()
+        if in_job:
+            monkeypatch.setenv(ATTEMPT, str(tmp_path / "attempts/1"))
+        control = Control(run.control, single_world)
+        assert control.poll() == expected
+        control.close()
+
+
+def test_a_job_names_the_attempt(tmp_path, monkeypatch):
+    run = RunDir(tmp_path)
+    assert run.next_attempt().name == "1"
+    monkeypatch.setenv(ATTEMPT, str(tmp_path / "attempts/7"))
+    assert run.next_attempt() == tmp_path / "attempts/7"
+
+
+@pytest.mark.slow
+def test_two_ranks_fail_with_one_reason(tmp_path):
+    """Their output lies in files; the launcher's exit code is theirs, and its one line names rank and reason."""
+    command = [sys.executable, "-m", "vmjepa.launch.node", "--nodes", "1", "--ranks", "2", "--cpu", "--head"]
+    command += ["127.0.0.1:0", "--run", str(tmp_path), "--logs", str(tmp_path), "--", "pretrain", "no-such.yaml"]
+    done = subprocess.run(command, cwd=ROOT, env=dict(os.environ), capture_output=True, text=True)
+    assert done.returncode == 93, done.stderr
+    assert "no-such.yaml: no such config file" in (tmp_path / "rank_0001.log").read_text()
+    code, reason = (tmp_path / "node_0.exit").read_text().splitlines()
+    assert (code, done.stderr.strip()) == ("93", reason)
+    assert "ended with exit code 93: error" in reason
+    assert last_line(tmp_path / "absent") == "it printed nothing"
