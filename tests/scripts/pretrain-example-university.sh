@@ -68,7 +68,13 @@ mkdir -p "$run/attempts" "$run/control" || exit 1
 ask_to_stop() {
     say "signal $1: asking the run to save"
     if [[ ! -e $run/control/stop ]]; then printf 'signal %s\n' "$1" >"$run/control/stop"; fi
+    # A run that hangs is given up while there is still time to requeue it.
+    if [[ -n $step && -z $watchdog ]]; then
+        { sleep 210 && say "no answer from the run; giving up this attempt" && kill -KILL "$step"; } &
+        watchdog=$!
+    fi
 }
+step='' watchdog=''
 trap 'ask_to_stop USR1' USR1
 trap 'ask_to_stop TERM' TERM
 
@@ -127,6 +133,7 @@ step=$!
 while kill -0 "$step" 2>/dev/null; do wait "$step"; done
 wait "$step"
 code=$?
+if [[ -n $watchdog ]]; then kill "$watchdog" 2>/dev/null; fi
 trap '' USR1 TERM
 
 # What the nodes said of themselves goes before srun's code, which is only the highest.

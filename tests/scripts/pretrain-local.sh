@@ -30,6 +30,7 @@ ask_to_stop() {
     say "signal $1: asking the run to save"
     if [[ ! -e $run/control/stop ]]; then printf 'signal %s\n' "$1" >"$run/control/stop"; fi
 }
+step=''
 trap 'ask_to_stop USR1' USR1
 trap 'ask_to_stop TERM' TERM
 trap 'ask_to_stop INT' INT

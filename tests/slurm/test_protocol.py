@@ -92,6 +92,17 @@ def test_a_person_may_stop_a_run(slurm, start):
     assert "stopped by request after step 3" in log(run)
 
 
+def test_a_run_that_hangs_at_its_time_limit_is_requeued(slurm, start):
+    """It does not answer the signal, so its ranks are killed while there is still time to put the job back."""
+    hangs = "[[ $attempt == 2 ]] && end 0; trap : TERM USR1; step 3; while :; do sleep 0.1; done"
+    job, run = start(hangs, "requeue.lead_seconds=15")
+    wait_for((run / "status.json").exists, "the job to run")
+    slurm.run("scancel", "--batch", "--signal=USR1", job)
+    shown = ended(slurm, job, run)
+    assert (shown["JobState"], shown["Restarts"]) == ("COMPLETED", "1"), log(run)
+    assert "giving up this attempt" in log(run)
+
+
 def test_scancel_ends_a_run_for_good(slurm, start):
     """The ranks save, but the script does not put a cancelled job back."""
     job, run = start(_UNTIL_STOPPED)

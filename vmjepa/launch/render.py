@@ -134,6 +134,7 @@ def render(template: str, job: Job) -> str:
         python=_python(profile),
         image=_image(profile, job.workdir),
         binds=_binds(job) if profile.container.runtime != "none" else [],
+        patience=_patience(profile.requeue.lead_seconds),
         passed=[*_JOB_VARIABLES, *profile.environment, *profile.container.pass_environment],
     )
 
@@ -141,6 +142,11 @@ def render(template: str, job: Job) -> str:
 def job_name(template: str, run: Path) -> str:
     """Name of the job in the queue: what it does, and the run's name in characters that need no quoting."""
     return re.sub(r"[^A-Za-z0-9_.-]+", "-", f"{template}-{run.name}")
+
+
+def _patience(lead: int) -> int:
+    """Seconds that a run has to save once asked; the rest of the lead is for the script to requeue it."""
+    return max(lead - 30, lead // 2)
 
 
 def _python(profile: ClusterProfile) -> str:
