@@ -9,6 +9,7 @@ fixed, each video counts exactly once, and the accuracy is that after the last e
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import sys
@@ -180,14 +181,9 @@ class Evaluation:
             "statistics": [arm.statistics for arm in self.arms] if self.cfg.probe.standardize else None,
             "heads": [{"probe": h.probe.state_dict(), "optimizer": h.optimizer.state_dict()} for h in self.heads],
         }
-        temporary = self.out / f".{PROBES}.tmp"
-        try:
-            torch.save(state, temporary)
-            os.replace(temporary, self.out / PROBES)
-        except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
-            raise storage_error(
-                error if isinstance(error, OSError) else OSError(28, str(error)), f"saving {PROBES}"
-            ) from error
+        buffer = io.BytesIO()
+        torch.save(state, buffer)
+        write_atomic(self.out / PROBES, buffer.getvalue())
 
     def _saved_state(self) -> dict[str, Any] | None:
         """The state to resume, or None when there is none or it belongs to another config or checkpoint."""
