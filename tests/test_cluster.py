@@ -34,6 +34,7 @@ def test_ready_profiles_load(name):
         ({"slurm": {"partition": "a b"}}, "without spaces, quotes or shell characters"),
         ({"slurm": {"account": "$(id)"}}, "slurm.account"),
         ({"slurm": {"time_limit": "a day"}}, "slurm.time_limit"),
+        ({"slurm": {"time_limit": 86400}}, "in quotation marks"),
         ({"slurm": {"extra": ["--wrap='rm -rf x'"]}}, "slurm.extra.0"),
         ({"slurm": {"extra": ["exclusive"]}}, "slurm.extra.0"),
         ({"node": {"gpus": 4, "ranks": 2}}, "node.ranks: 2 ranks do not fit 4 GPUs"),

@@ -16,6 +16,8 @@ import subprocess
 import time
 from pathlib import Path
 
+import psutil
+
 NODES = ("n1", "n2", "n3", "n4")
 
 _CONF = """
@@ -74,6 +76,7 @@ class SlurmCluster:
         self.own_names = os.geteuid() == 0
         self.environment = dict(os.environ, SLURM_CONF=str(base / "slurm.conf"))
         self._daemons: list[subprocess.Popen] = []
+        self._nodes: dict[str, subprocess.Popen] = {}
 
     @staticmethod
     def missing() -> list[str]:
@@ -91,16 +94,38 @@ class SlurmCluster:
         self._start_munge()
         self._spawn("slurmctld", "-D", "-i", "-f", str(base / "slurm.conf"))
         for node in NODES:
-            daemon = ["slurmd", "-D", "-N", node, "-f", str(base / "slurm.conf")]
-            if self.own_names:
-                setup = 'mount --bind "$1" /etc/hosts && hostname "$2" && shift 2 && exec "$@"'
-                daemon = ["unshare", "--uts", "--mount", "sh", "-c", setup, "sh", str(base / "hosts"), node, *daemon]
-            self._spawn(*daemon)
-        deadline = time.monotonic() + 30
+            self.start_node(node)
+        self.wait_until_idle()
+
+    def start_node(self, node: str) -> None:
+        """Starts the slurmd of one node."""
+        daemon = ["slurmd", "-D", "-N", node, "-f", str(self.base / "slurm.conf")]
+        if self.own_names:
+            setup = 'mount --bind "$1" /etc/hosts && hostname "$2" && shift 2 && exec "$@"'
+            daemon = ["unshare", "--uts", "--mount", "sh", "-c", setup, "sh", str(self.base / "hosts"), node, *daemon]
+        self._nodes[node] = self._spawn(*daemon)
+
+    def wait_until_idle(self) -> None:
+        """Returns once all nodes are idle. Raises RuntimeError after 60 s."""
+        deadline = time.monotonic() + 60
         while self.run("sinfo", "-h", "-o", "%T %D", check=False).split() != ["idle", "4"]:
             if time.monotonic() > deadline:
-                raise RuntimeError(f"the nodes did not come up; see {base}/log: {self.run('sinfo', check=False)}")
+                raise RuntimeError(f"the nodes did not come up; see {self.base}/log: {self.run('sinfo', check=False)}")
             time.sleep(0.1)
+
+    def kill_node(self, node: str) -> None:
+        """SIGKILL to slurmd, its step daemons and all they started: a node that lost power."""
+        daemon = self._nodes[node]
+        log = f"{self.base}/log/slurmd.{node}.log"
+        victims = [psutil.Process(daemon.pid)]
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error):
+                if process.name() == "slurmstepd" and log in (file.path for file in process.open_files()):
+                    victims += [process, *process.children(recursive=True)]
+        for victim in victims:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                victim.kill()
+        daemon.wait()
 
     def _write_configuration(self) -> None:
         base, host = self.base, socket.gethostname().partition(".")[0]
@@ -138,11 +163,11 @@ class SlurmCluster:
                 raise RuntimeError(f"munged did not start: {(self.base / 'log/daemons.log').read_text()}")
             time.sleep(0.02)
 
-    def _spawn(self, *command: str) -> None:
+    def _spawn(self, *command: str) -> subprocess.Popen:
         with open(self.base / "log" / "daemons.log", "a") as log:
-            self._daemons.append(
-                subprocess.Popen(command, stdout=log, stderr=log, env=self.environment, start_new_session=True)
-            )
+            daemon = subprocess.Popen(command, stdout=log, stderr=log, env=self.environment, start_new_session=True)
+        self._daemons.append(daemon)
+        return daemon
 
     def run(self, *command: str, check: bool = True, timeout: float = 30) -> str:
         """Output of a client command, e.g. run("squeue"). Raises RuntimeError with its words when it fails."""

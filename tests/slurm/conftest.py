@@ -17,7 +17,7 @@ from tests.clip_maker import make_clip
 from tests.conftest import ROOT
 from tests.slurm.cluster import SlurmCluster
 
-STEPS = 60
+STEPS = 40
 
 CONFIG = {
     "data": {
@@ -27,7 +27,7 @@ CONFIG = {
     "mask": [{"num_blocks": 2, "spatial_scale": [0.3, 0.3]}],
     "model": {"model_name": "videomamba_custom", "embed_dim": 32, "depth": 1, "pred_depth": 1, "pred_embed_dim": 32,
               "pred_num_heads": 4},
-    "optimization": {"ipe": 30, "epochs": 2, "warmup": 1, "lr": 1e-3, "start_lr": 1e-4, "final_lr": 1e-5},
+    "optimization": {"ipe": 20, "epochs": 2, "warmup": 1, "lr": 1e-3, "start_lr": 1e-4, "final_lr": 1e-5},
     "meta": {"seed": 5},
     "engine": {"zero_stage": 1, "threads_per_rank": 1},
     "monitor": {"every_steps": 1, "rank_every_steps": 20, "tensorboard": False},

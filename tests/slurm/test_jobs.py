@@ -88,7 +88,7 @@ def test_a_chain_survives_its_time_limit_and_a_crash(slurm, config, reference, t
 def test_what_cannot_work_is_not_retried(slurm, config, tmp_path):
     """A data set that is not there: exit code 93, one attempt, and the reason is the last line of the job's log."""
     run = tmp_path / "run"
-    job = submit(slurm, config, run, "data.datasets=[/nowhere/clips.csv]")
+    job = submit(slurm, config, run, "data.datasets=[/nowhere/clips.csv]", "--set", "node.ranks=1")
     shown = ended(slurm, job, run)
     assert (shown["JobState"], shown["ExitCode"], shown["Restarts"]) == ("FAILED", "93:0", "0"), log(run)
     assert "/nowhere/clips.csv" in log(run).strip().splitlines()[-1]

@@ -92,6 +92,15 @@ def test_a_person_may_stop_a_run(slurm, start):
     assert "stopped by request after step 3" in log(run)
 
 
+def test_the_time_limit_is_announced(slurm, start):
+    """Slurm's own signal before the limit reaches the script; the run saves, and goes on in a second attempt."""
+    ends_on_request = "[[ $attempt == 2 ]] && end 0; " + _UNTIL_STOPPED
+    job, run = start(ends_on_request, "slurm.time_limit=00:01:00", "requeue.lead_seconds=45")
+    shown = ended(slurm, job, run)
+    assert (shown["JobState"], shown["Restarts"]) == ("COMPLETED", "1"), log(run)
+    assert "signal USR1: asking the run to save" in log(run)
+
+
 def test_a_run_that_hangs_at_its_time_limit_is_requeued(slurm, start):
     """It does not answer the signal, so its ranks are killed while there is still time to put the job back."""
     hangs = "[[ $attempt == 2 ]] && end 0; trap : TERM USR1; step 3; while :; do sleep 0.1; done"
@@ -139,6 +148,21 @@ def test_sbatch_refusals_are_one_sentence(slurm, config, tmp_path):
     assert "sbatch refuses" in done.stderr
     assert "no-such" in done.stderr or "artition" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_dead_node_is_left_behind(slurm, start):
+    """slurmd and all it started on a node are killed: Slurm requeues the job, which goes on where nodes are alive."""
+    job, run = start("[[ $attempt == 2 ]] && end 0; trap : TERM USR1; step 3; while :; do sleep 0.1; done")
+    wait_for((run / "status.json").exists, "the job to run")
+    victim = slurm.job(job)["BatchHost"]
+    slurm.kill_node(victim)
+    try:
+        shown = ended(slurm, job, run)
+        assert (shown["JobState"], shown["Restarts"]) == ("COMPLETED", "1"), log(run)
+        assert victim not in slurm.run("scontrol", "show", "hostnames", shown["NodeList"]).split()
+    finally:
+        slurm.start_node(victim)
+        slurm.wait_until_idle()
 
 
 _FITTING = {

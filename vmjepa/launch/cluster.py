@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from vmjepa.config_base import Count, KeyProblem, Section, Text
 from vmjepa.config_load import load
@@ -31,9 +31,11 @@ def _plain(value: str) -> str:
     return value
 
 
-def _time(value: str) -> str:
-    if not _TIME.fullmatch(value):
-        raise ValueError(f'given {value!r}, expected a time such as "24:00:00" or "2-00:00:00", in quotation marks')
+def _time(value: object) -> str:
+    """YAML reads 24:00:00 as the number 86400, so only text can be trusted."""
+    if not isinstance(value, str) or not _TIME.fullmatch(value):
+        text = f'given {value!r}, expected a time in quotation marks, such as "24:00:00" or "2-00:00:00"'
+        raise ValueError(text)
     return value
 
 
@@ -67,7 +69,7 @@ def _variable(value: str) -> str:
 
 
 SlurmName = Annotated[str, AfterValidator(_plain)]
-TimeLimit = Annotated[str, AfterValidator(_time)]
+TimeLimit = Annotated[str, BeforeValidator(_time)]
 SbatchLine = Annotated[str, AfterValidator(_sbatch_line)]
 AbsolutePath = Annotated[str, AfterValidator(_absolute)]
 Bind = Annotated[str, AfterValidator(_bind)]
