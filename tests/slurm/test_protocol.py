@@ -162,6 +162,7 @@ def test_a_dead_node_is_left_behind(slurm, start):
         assert victim not in slurm.run("scontrol", "show", "hostnames", shown["NodeList"]).split()
     finally:
         slurm.start_node(victim)
+        slurm.run("scontrol", "update", "nodename=n[1-4]", "state=resume", check=False)  # if Slurm has drained one
         slurm.wait_until_idle()
 
 
