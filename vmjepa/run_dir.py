@@ -51,8 +51,21 @@ class RunDir:
 
     @property
     def status(self) -> Path:
-        """Heartbeat of rank 0."""
+        """Heartbeat of rank 0, and the reason of a failure."""
         return self.root / "status.json"
+
+    @property
+    def attempts(self) -> Path:
+        """Folder of attempts/N, one per start of the run, and the link `latest`."""
+        return self.root / "attempts"
+
+    def attempt(self, number: int) -> Path:
+        """Folder of one start of the run: logs and errors per rank, provenance."""
+        return self.attempts / str(number)
+
+    def last_attempt(self) -> int:
+        """Number of the newest attempt; 0 when there is none."""
+        return max((int(p.name) for p in self.attempts.glob("*") if p.name.isdigit()), default=0)
 
     def create(self) -> None:
         """Makes the folders.
@@ -66,13 +79,23 @@ class RunDir:
         except OSError as error:
             raise storage_error(error, f"creating the run directory {self.root}") from error
 
-    def next_attempt(self) -> Path:
-        """Creates and returns attempts/N for this start of the run, N counting from 1."""
-        attempts = self.root / "attempts"
-        numbers = [int(p.name) for p in attempts.glob("*") if p.name.isdigit()]
-        folder = attempts / str(max(numbers, default=0) + 1)
-        folder.mkdir(parents=True)
-        return folder
+    def next_attempt(self) -> int:
+        """Creates attempts/N for this start of the run, points attempts/latest at it, and returns N, from 1.
+
+        Raises:
+            StorageError: when the file system refuses.
+        """
+        number = self.last_attempt() + 1
+        try:
+            self.attempt(number).mkdir(parents=True)
+        except OSError as error:
+            raise storage_error(error, f"creating {self.attempt(number)}") from error
+        link = self.attempts / ".latest.tmp"
+        with suppress(OSError):  # a file system without links: the numbers tell
+            link.unlink(missing_ok=True)
+            link.symlink_to(str(number))
+            os.replace(link, self.attempts / "latest")
+        return number
 
 
 def write_atomic(path: Path, data: str | bytes) -> None:

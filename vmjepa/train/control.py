@@ -22,9 +22,6 @@ class Control:
     def __init__(self, folder: Path, world: World):
         self._folder, self._world = folder, world
         self._signalled = False
-        if world.rank == 0:
-            for name in ("stop", "save"):  # left over from an earlier attempt
-                (folder / name).unlink(missing_ok=True)
         self._previous = {number: signal.signal(number, self._on_signal) for number in _SIGNALS}
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:

@@ -1,0 +1,55 @@
+"""One start of a run, on one rank: what surrounds training so that a person can see what became of it."""
+
+from __future__ import annotations
+
+from types import TracebackType
+
+from vmjepa.errors import UserError
+from vmjepa.run_dir import RunDir
+from vmjepa.run_status import StatusFile, record_error
+from vmjepa.train.distributed import World, from_rank_zero
+
+
+class Attempt:
+    """Context manager around training: numbers the attempt, keeps status.json, and records why it ended by an error.
+
+    number: N of attempts/N, the same on all ranks. All ranks must enter together.
+    """
+
+    def __init__(self, run: RunDir, world: World):
+        self.run, self.world = run, world
+        self.number = 0
+        self._status: StatusFile | None = None
+
+    def __enter__(self) -> Attempt:
+        fault: UserError | None = None
+        if self.world.rank == 0:
+            try:
+                self._begin()
+            except UserError as error:
+                fault = error
+        self.number, fault = from_rank_zero((self.number, fault), self.world)
+        if fault is not None:
+            raise fault
+        return self
+
+    def _begin(self) -> None:
+        self.run.create()
+        for request in ("stop", "save"):  # left over from an earlier attempt; from here on they are meant for this one
+            (self.run.control / request).unlink(missing_ok=True)
+        self.number = self.run.next_attempt()
+        self._status = StatusFile(self.run, self.number)
+
+    def beat(self, state: str, step: int, total: int, values: dict[str, float]) -> None:
+        """Rewrites status.json, on rank 0. step: optimizer steps done; values: metrics."""
+        if self._status:
+            self._status.beat(state, step, total, values)
+
+    def tick(self, step: int) -> None:
+        """Every step: keeps the heartbeat fresh where logging is rare."""
+        if self._status:
+            self._status.tick(step)
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if error is not None:
+            record_error(self.run, self.number, self.world.rank, error)
