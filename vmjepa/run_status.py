@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from vmjepa.errors import PeerLostError, StorageError, UserError
+from vmjepa.lease import in_use
 from vmjepa.run_dir import RunDir, read_json, write_atomic
 
 TICK_S = 30.0
@@ -76,7 +77,8 @@ def failures_shown(folder: str | Path | None) -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        if folder is not None and os.environ.get("RANK", "0") == "0" and Path(folder).is_dir():
+        leads = os.environ.get("RANK", "0") == "0"
+        if leads and folder is not None and Path(folder).is_dir() and not in_use(RunDir(folder)):
             _try_to_mark(RunDir(folder), str(error), None)
         raise
 

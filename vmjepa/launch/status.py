@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from vmjepa.errors import ConfigError
+from vmjepa.lease import lost_holder
 from vmjepa.run_dir import RunDir
 from vmjepa.run_status import first_error, read_status
 
@@ -101,6 +102,9 @@ def _state(run: RunDir, status: dict[str, Any], age: float | None) -> tuple[str,
         error = first_error(run, attempt)
         if error is not None:
             return "failed", f"rank {error['rank']} on {error['host']}: {error['reason']}"
+    lost = lost_holder(run) if state == "running" else None
+    if lost is not None:
+        return "silent", f"{lost} has died without a word"
     if state == "running":
         metrics = status.get("metrics", {})
         patience = _START_S if status.get("phase") == "starting" else max(SILENT_S, 10 * metrics.get("step_seconds", 0))
