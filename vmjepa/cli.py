@@ -64,7 +64,8 @@ def evaluate(config: Config, overrides: Overrides = None, device: Annotated[str 
     run(cfg, device)
 
 
-app.command()(watch.status)
+for command in (watch.status, watch.stop, watch.save, watch.logs):
+    app.command()(command)
 
 
 def _say_once(notices: list[str]) -> None:

@@ -63,6 +63,10 @@ class RunDir:
         """Folder of one start of the run: logs and errors per rank, provenance."""
         return self.attempts / str(number)
 
+    def log(self, number: int, rank: int) -> Path:
+        """What a rank wrote to stderr in an attempt."""
+        return self.attempt(number) / f"rank_{rank}.log"
+
     def last_attempt(self) -> int:
         """Number of the newest attempt; 0 when there is none."""
         return max((int(p.name) for p in self.attempts.glob("*") if p.name.isdigit()), default=0)
@@ -87,7 +91,7 @@ class RunDir:
         """
         number = self.last_attempt() + 1
         try:
-            self.attempt(number).mkdir(parents=True)
+            (self.attempt(number) / "alive").mkdir(parents=True)
         except OSError as error:
             raise storage_error(error, f"creating {self.attempt(number)}") from error
         link = self.attempts / ".latest.tmp"

@@ -17,6 +17,7 @@ from torch import Tensor
 from vmjepa.errors import ConfigError
 
 T = TypeVar("T")
+_TIMEOUT = datetime.timedelta(hours=2)  # the watchdog, which names the rank that hangs, should come first
 _LAUNCH_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -74,7 +75,7 @@ def _start_deepspeed(device: torch.device, size: int) -> None:
         deepspeed.init_distributed(
             dist_backend="nccl" if device.type == "cuda" else "gloo",
             auto_mpi_discovery=False,
-            timeout=datetime.timedelta(minutes=30),
+            timeout=_TIMEOUT,
             verbose=False,
         )
     except (RuntimeError, ValueError, dist.DistNetworkError) as error:

@@ -49,7 +49,7 @@ def pretrain(cfg: PretrainConfig, device: str | None = None) -> int:
         torch.set_num_threads(cfg.engine.threads_per_rank)
     with failures_shown(cfg.logging.folder):
         world = init_world(device)
-    with Attempt(RunDir(cfg.logging.folder), world) as attempt:
+    with Attempt(RunDir(cfg.logging.folder), world, cfg.monitor.hang_seconds) as attempt:
         return _train(cfg, world, attempt)
 
 
@@ -150,7 +150,7 @@ class Trainer:
         self._clock, self._waited, self._counted = time.monotonic(), self.loader.wait_seconds, self.done
         state = "running"
         self.attempt.beat(state, self.done, self.total, values)
-        with TrainProgress(self.run_dir.root.name, self.total, self.done, lead) as progress:
+        with TrainProgress(self.run_dir.root.name, self.total, self.done, lead, self.attempt.log) as progress:
             if self.done:
                 progress.say(f"resuming {self.run_dir.root} after step {self.done}")
             while self.done < self.total and state == "running":
@@ -173,7 +173,7 @@ class Trainer:
 
     def step(self, step: int) -> dict[str, float] | None:
         """One optimizer step on all ranks; returns metrics when this step is to be logged."""
-        cfg, opt, world = self.cfg, self.cfg.optimization, self.world
+        cfg, opt, world, watchdog = self.cfg, self.cfg.optimization, self.world, self.attempt.watchdog
         observer = Observer(self) if (step + 1) % cfg.monitor.every_steps == 0 or step + 1 == self.total else None
         torch.manual_seed((cfg.meta.seed << 32) + step * world.size + world.rank)  # DropPath
         masks = [
@@ -182,7 +182,9 @@ class Trainer:
         ]
         loss = torch.zeros((), device=world.device)
         for micro in range(opt.accumulation_steps):
+            watchdog.reach(step, "waiting for the data of")
             batch = next(self.batches)
+            watchdog.reach(step, "computing")
             clips, parts = self._prepare(batch, masks)
             features = self.target.features(clips)
             share, predictions = self.engine.micro_step(clips, parts, features)
@@ -231,12 +233,16 @@ class Trainer:
 
     def save(self) -> None:
         """Publishes a checkpoint of the steps done; all ranks take part, rank 0 writes."""
+        watchdog = self.attempt.watchdog
+        watchdog.reach(self.done - 1, "gathering the weights after")
         model = self.engine.model_state()
         model |= {f"target_encoder.{name}": value for name, value in self.target.state_dict().items()}
         state = checkpoint.Checkpoint(self.done, model, self.engine.optimizer_state())
+        watchdog.reach(self.done - 1, "writing the checkpoint after")
         if self.world.rank == 0:
             extra = {"world_size": self.world.size, "zero_stage": self.cfg.engine.zero_stage}
             checkpoint.save(self.run_dir, state, extra, self.cfg.checkpoint.keep)
+        watchdog.reach(self.done - 1, "waiting for the checkpoint after")
         barrier()
 
     def close(self) -> None:
