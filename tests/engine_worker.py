@@ -85,7 +85,7 @@ def start(stage: int, world, model_state=None, target_state=None, optimizer_stat
     if model_state is not None:
         model.load_state_dict(model_state)
     settings = EngineSettings(SAMPLES // (MICRO * world.size), MICRO, stage, (0.9, 0.999), 1e-8)
-    partition = partition_target(world) if stage == 3 else None
+    partition = partition_target(False) if stage == 3 else None
     target = TargetEncoder(target_source, world.device, target_state, partition)
     return Engine(model, settings, world, decays, optimizer_state), target
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections import Counter
 from pathlib import Path
@@ -71,6 +72,18 @@ def test_folders_of_others_are_left_alone(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such folder"):
         demo.Demo(tmp_path / "out", tmp_path / "nowhere").run()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["thesis.tex"]
+
+
+def test_report_without_labels_says_why_there_is_no_probe(tmp_path: Path, capsys) -> None:
+    """Skill 0.1 in the first tenth of 40 logged steps and 0.3 in the last."""
+    rows = [{"step": s, "loss": 1.0, "skill": 0.1 if s <= 4 else 0.3, "rank_content": 9.0} for s in range(1, 41)]
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    demo.Demo(tmp_path, tmp_path)._report(find_sets(touch(tmp_path / "videos", "1.mp4"), tmp_path / "lists"))
+    said = capsys.readouterr().out
+    assert "0.10 → 0.30" in said
+    assert "not possible: a probe needs at least two class folders" in said
+    assert (tmp_path / "curves.png").is_file()
 
 
 @pytest.fixture

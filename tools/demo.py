@@ -60,9 +60,9 @@ class Demo:
         sets = self._videos()
         self._step("Packing the videos into shards")
         encode = ["--short-side", _SHORT_SIDE] if self.videos else []
-        self._call(["-m", "tools.shard", "run", str(sets.train), str(self.out / "shards/train"), *encode])
+        self._call(["python", "-m", "tools.shard", "run", str(sets.train), str(self.out / "shards/train"), *encode])
         if sets.test:
-            self._call(["-m", "tools.shard", "run", str(sets.test), str(self.out / "shards/test"), *encode])
+            self._call(["python", "-m", "tools.shard", "run", str(sets.test), str(self.out / "shards/test"), *encode])
         self._pretrain()
         if sets.test:
             self._evaluate(sets)
@@ -91,7 +91,7 @@ class Demo:
         if (videos / SUMMARY).is_file():
             console.print(f"done before: {videos}")
         else:
-            self._call(["-m", "tools.demo_videos", str(videos)])
+            self._call(["python", "-m", "tools.demo_videos", str(videos)])
         return VideoSets(videos / "train", videos / "test", list(CLASSES))
 
     def _pretrain(self) -> None:
@@ -103,7 +103,7 @@ class Demo:
         devices = ["--devices", "cpu", "cpu"] if len(os.sched_getaffinity(0)) > 1 else []
         data = f"data.datasets=[{json.dumps(str(self.out / 'shards/train'))}]"
         config = os.path.relpath(PRETRAIN)
-        self._call(["-m", "vmjepa.cli", "pretrain", config, data, f"logging.folder={self.run_dir}", *devices])
+        self._call(["vmjepa", "pretrain", config, data, f"logging.folder={self.run_dir}", *devices])
 
     def _evaluate(self, sets: VideoSets) -> None:
         self._step("Probing the frozen encoder, and a random one beside it")
@@ -118,7 +118,7 @@ class Demo:
         ]  # fmt: skip
         if self.videos:
             overrides.append(f"data.num_classes={len(sets.classes)}")
-        self._call(["-m", "vmjepa.cli", "evaluate", os.path.relpath(EVALUATE), *overrides])
+        self._call(["vmjepa", "evaluate", os.path.relpath(EVALUATE), *overrides])
 
     def _report(self, sets: VideoSets) -> None:
         metrics = read_metrics(self.run_dir / "metrics.jsonl")
@@ -142,10 +142,13 @@ class Demo:
         console.print(f"\n[bold]{title}[/bold]  [dim]({time.monotonic() - self.began:.0f} s)[/dim]")
 
     def _call(self, words: list[str]) -> None:
-        """Runs this Python with `words`; a failure ends the demo with that command's exit code."""
-        console.print(f"$ {_shown('python')} {shlex.join(words)}", style="cyan", markup=False, soft_wrap=True)
+        """Runs a program of this environment; a failure ends the demo with that command's exit code."""
+        program = Path(sys.executable).with_name(words[0])
+        if not program.exists():
+            raise UserError(f"{program} is missing; run `make demo`, which completes the environment")
+        console.print(f"$ {_shown(words[0])} {shlex.join(words[1:])}", style="cyan", markup=False, soft_wrap=True)
         try:
-            code = subprocess.run([sys.executable, *words], env=os.environ | {"PYTHONPATH": str(ROOT)}).returncode
+            code = subprocess.run([str(program), *words[1:]], env=os.environ | {"PYTHONPATH": str(ROOT)}).returncode
         except KeyboardInterrupt:
             print("stopped; run the same command again to go on", file=sys.stderr)
             sys.exit(130)

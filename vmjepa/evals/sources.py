@@ -223,7 +223,8 @@ def cache_train(videos: Videos, draws: int, on_step: Callable[[int], None]) -> C
     for arm, raw, statistics in zip(videos.arms, tokens, sums, strict=True):
         if fitting:
             arm.statistics = statistics.mean_and_deviation(alone)
-            raw.copy_(arm.standardize(raw))
+            for draw_tokens in raw:  # one draw at a time: a second copy of all would double the memory
+                draw_tokens.copy_(arm.standardize(draw_tokens))
     return CachedTrain(tokens, labels, order, size, cfg.optimization.accumulation_steps, videos.world)
 
 

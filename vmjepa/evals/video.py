@@ -9,6 +9,7 @@ fixed, each video counts exactly once, and the accuracy is that after the last e
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import sys
@@ -65,59 +66,53 @@ class Evaluation:
         self.pretrained = find_pretrained(cfg)
         self.arms = build_arms(cfg, self.pretrained, world)
         self.heads = build_heads(cfg, self.arms, world)
+        self.last: EpochResult | None = None
 
     def run(self) -> dict[str, Any]:
         """Trains and validates all probes."""
         cfg, lead = self.cfg, self.world.rank == 0
-        if lead:
-            try:
-                self.out.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise storage_error(error, f"creating {self.out}") from error
         state = self._saved_state() if cfg.resume_checkpoint else None
-        self._board: Any = None
-        if lead:
-            write_atomic(self.out / "config.yaml", cfg.to_yaml())
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._board = SummaryWriter(str(self.out / "tensorboard"), purge_step=state["epochs"] if state else 0)
+        first = self._restore(state) if state else 0
+        self._open_output(first)
         train, validation = self._sources(state)
-        optimization, first = cfg.optimization, 0
-        self.last: EpochResult | None = None
-        if state:
-            first = state["epochs"]
-            self.last = EpochResult(**state["result"])
-            for head, saved in zip(self.heads, state["heads"], strict=True):
-                head.probe.load_state_dict(saved["probe"])
-                head.optimizer.load_state_dict(saved["optimizer"])
-        schedule = Schedule(
-            train.steps_per_epoch,
-            optimization.num_epochs,
-            optimization.warmup,
-            1.0,
-            optimization.start_lr,
-            optimization.lr,
-            optimization.final_lr,
-            optimization.weight_decay,
-            optimization.weight_decay,
-            (1.0, 1.0),
-        )
-        total = train.steps_per_epoch * optimization.num_epochs
-        with TrainProgress("training probes", total, first * train.steps_per_epoch, lead) as self._progress:
+        total = train.steps_per_epoch * cfg.optimization.num_epochs
+        with TrainProgress("training probes", total, first * train.steps_per_epoch, lead) as progress:
             train_probes(
                 self.heads,
                 train,
                 validation,
-                schedule,
+                _schedule(cfg, train.steps_per_epoch),
                 self.world,
-                optimization.use_bfloat16,
+                cfg.optimization.use_bfloat16,
                 first,
                 self._epoch_done,
-                lambda done: self._progress.update(done),
+                lambda done: progress.update(done, "steps"),
             )
         if self._board:
             self._board.close()
         return self._report()
+
+    def _open_output(self, first_epoch: int) -> None:
+        """Folder, config and TensorBoard file, on rank 0."""
+        self._board: Any = None
+        if self.world.rank != 0:
+            return
+        try:
+            self.out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise storage_error(error, f"creating {self.out}") from error
+        write_atomic(self.out / "config.yaml", self.cfg.to_yaml())
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._board = SummaryWriter(str(self.out / "tensorboard"), purge_step=first_epoch + 1)
+
+    def _restore(self, state: dict[str, Any]) -> int:
+        """Takes up the saved probes; returns the epochs they have had."""
+        self.last = EpochResult(**state["result"])
+        for head, saved in zip(self.heads, state["heads"], strict=True):
+            head.probe.load_state_dict(saved["probe"])
+            head.optimizer.load_state_dict(saved["optimizer"])
+        return state["epochs"]
 
     def _sources(self, state: dict[str, Any] | None) -> tuple[Any, Any]:
         """Training and validation tokens; the arms' statistics are set on the way."""
@@ -180,14 +175,9 @@ class Evaluation:
             "statistics": [arm.statistics for arm in self.arms] if self.cfg.probe.standardize else None,
             "heads": [{"probe": h.probe.state_dict(), "optimizer": h.optimizer.state_dict()} for h in self.heads],
         }
-        temporary = self.out / f".{PROBES}.tmp"
-        try:
-            torch.save(state, temporary)
-            os.replace(temporary, self.out / PROBES)
-        except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
-            raise storage_error(
-                error if isinstance(error, OSError) else OSError(28, str(error)), f"saving {PROBES}"
-            ) from error
+        buffer = io.BytesIO()
+        torch.save(state, buffer)
+        write_atomic(self.out / PROBES, buffer.getvalue())
 
     def _saved_state(self) -> dict[str, Any] | None:
         """The state to resume, or None when there is none or it belongs to another config or checkpoint."""
@@ -264,6 +254,15 @@ def _attention_heads(encoder: Encoder) -> int:
         return encoder.num_heads
     divisors = [heads for heads in range(1, encoder.embed_dim + 1) if encoder.embed_dim % heads == 0]
     return min(divisors, key=lambda heads: abs(encoder.embed_dim / heads - _HEAD_DIM))
+
+
+def _schedule(cfg: EvalConfig, steps_per_epoch: int) -> Schedule:
+    """Linear warmup, then a cosine that ends with the last epoch; constant weight decay."""
+    o = cfg.optimization
+    decay = o.weight_decay
+    return Schedule(
+        steps_per_epoch, o.num_epochs, o.warmup, 1.0, o.start_lr, o.lr, o.final_lr, decay, decay, (1.0, 1.0)
+    )
 
 
 def _samples(cfg: EvalConfig, key: str) -> Samples:

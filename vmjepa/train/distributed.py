@@ -67,7 +67,7 @@ def _start_deepspeed(device: torch.device, size: int) -> None:
     from deepspeed.utils import logger
 
     logger.setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", message=".*all_gather_into_tensor.* is deprecated", category=FutureWarning)
+    warnings.filterwarnings("ignore", message=r".*`torch\.distributed\..*` is deprecated", category=FutureWarning)
     deepspeed.ops.__compatible_ops__ = {}
     if dist.is_initialized():
         return

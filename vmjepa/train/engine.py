@@ -23,6 +23,8 @@ from vmjepa.train.distributed import World, sum_over_ranks
 
 MODULES = ("encoder", "predictor")
 _MOMENTS = ("exp_avg", "exp_avg_sq")
+# keeps fp32 parameters; DeepSpeed's "bf16" would round A_log and D too
+_AUTOCAST = {"torch_autocast": {"enabled": True, "dtype": "bfloat16"}}
 
 
 @dataclass(frozen=True)
@@ -93,9 +95,7 @@ class Engine:
             "zero_optimization": zero,
             "steps_per_print": 2**62,
         }
-        if settings.bfloat16:  # keeps fp32 parameters; "bf16" would round A_log and D too
-            config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
-        return config
+        return config | (_AUTOCAST if settings.bfloat16 else {})
 
     def micro_step(self, clips: Tensor, masks: Sequence[StepMask], features: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Forward and backward of one micro-batch.
@@ -221,17 +221,20 @@ class Engine:
             safe_set_local_optimizer_state(parameter, padded[self.world.rank * size :][:size], key)
 
 
-def partition_target(world: World) -> Callable[[nn.Module], Any]:
-    """Makes the target encoder a ZeRO-3 engine of its own, without optimizer (see vmjepa.train.ema)."""
+def partition_target(bfloat16: bool) -> Callable[[nn.Module], Any]:
+    """Makes the target encoder a ZeRO-3 engine of its own, without optimizer (see vmjepa.train.ema).
+
+    DeepSpeed's forward switches an autocast around it off, so bfloat16 has to be its own setting too.
+    """
 
     def partition(module: nn.Module) -> Any:
         import deepspeed
 
-        config = {
+        config: dict[str, Any] = {
             "train_micro_batch_size_per_gpu": 1,
             "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
             "steps_per_print": 2**62,
-        }
+        } | (_AUTOCAST if bfloat16 else {})
         return deepspeed.initialize(model=module, config=config, dist_init_required=False)[0]
 
     return partition

@@ -135,7 +135,7 @@ class Trainer:
             model.encoder,
             world.device,
             target_state,
-            partition_target(world) if zero == 3 else None,
+            partition_target(bfloat16) if zero == 3 else None,
             torch.bfloat16 if bfloat16 else None,
         )
         opt = cfg.optimization
