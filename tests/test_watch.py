@@ -23,9 +23,10 @@ from vmjepa.train.watchdog import accuse
 LONG = ("optimization.ipe=100000", "checkpoint.every_steps=100000")
 
 
-def vmjepa(*words: object) -> subprocess.CompletedProcess:
+def vmjepa(*words: object, environment: dict[str, str] | None = None) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "vmjepa.cli", *map(str, words)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100)
+    env = os.environ | (environment or {})
+    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=100)
 
 
 def wait_for(condition, process: subprocess.Popen, what: str) -> None:
@@ -64,9 +65,11 @@ def test_the_life_of_a_watched_run(start):
     """A second job is refused and changes nothing; save keeps it going; stop ends it with 85; its log is there."""
     process, run = start()
     assert view(RunDir(run)).state == "running"
-    second = vmjepa("pretrain", run / "config.yaml")
-    assert second.returncode == 93
-    assert f"in use by process {process.pid}" in second.stderr
+    as_rank = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    for environment in ({}, as_rank):  # refused by the launcher, and by the trainer where another launcher started it
+        second = vmjepa("pretrain", run / "config.yaml", environment=environment)
+        assert second.returncode == 93
+        assert f"in use by process {process.pid}" in second.stderr
     assert (view(RunDir(run)).state, RunDir(run).last_attempt()) == ("running", 1)
     assert "save and go on" in vmjepa("save", run).stdout
     wait_for(lambda: list((run / "checkpoints").glob("step_*")), process, "the checkpoint")

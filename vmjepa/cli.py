@@ -12,6 +12,7 @@ import typer
 
 from vmjepa.errors import handle_errors
 from vmjepa.launch import local, watch
+from vmjepa.lease import refuse_if_held
 from vmjepa.run_dir import RunDir
 from vmjepa.run_status import failures_shown
 
@@ -41,8 +42,11 @@ def pretrain(config: Config, overrides: Overrides = None, devices: Devices = Non
         if devices and not local.is_rank():
             local.check_devices(devices)
     _say_once(cfg.notices)
+    run_dir = RunDir(cfg.logging.folder)
+    if not local.is_rank():
+        refuse_if_held(run_dir)  # before Ctrl-C can reach the job that runs there
     if devices and not local.is_rank() and len(devices) > 1:
-        stop_file = RunDir(cfg.logging.folder).control / "stop"
+        stop_file = run_dir.control / "stop"
         sys.exit(local.launch(devices, ["pretrain", str(config), *(overrides or [])], stop_file))
     from vmjepa.train.pretrain import pretrain as run
 

@@ -65,7 +65,7 @@ class Lease:
         locks_work = self._lock()
         holder = _read(self._path)
         if holder is not None and not (locks_work and holder.machine == _machine()):
-            self._wait_for_silence(holder)
+            self._wait_for_silence()
         here = Holder(platform.node(), os.getpid(), time.strftime("%Y-%m-%d %H:%M:%S"), _machine())
         self._file.truncate(0)
         self._file.write(json.dumps(here.__dict__))
@@ -81,12 +81,13 @@ class Lease:
                 return True
             except BlockingIOError:
                 if time.monotonic() > deadline:
-                    self._refuse(_read(self._path))
+                    self._file.close()
+                    raise _refusal(self._run) from None
                 time.sleep(0.1)
             except OSError:
                 return False
 
-    def _wait_for_silence(self, holder: Holder) -> None:
+    def _wait_for_silence(self) -> None:
         # the age is measured by the file system's clock; machines' own clocks may differ
         probe = self._path.with_name(f".{self._path.name}.{os.getpid()}")
         probe.touch()
@@ -97,14 +98,8 @@ class Lease:
         while time.monotonic() < deadline:
             time.sleep(min(1.0, TOUCH_S / 10))
             if self._path.stat().st_mtime != seen:
-                self._refuse(holder)
-
-    def _refuse(self, holder: Holder | None) -> None:
-        self._file.close()
-        raise LeaseError(
-            f"{self._run.root} is in use by {holder or 'another process'}; stop that job first (vmjepa stop "
-            f"{self._run.root}), or choose another logging.folder"
-        )
+                self._file.close()
+                raise _refusal(self._run)
 
     def _keep_touching(self) -> None:
         while not self._ended.wait(TOUCH_S):
@@ -123,6 +118,20 @@ class Lease:
 def lease_file(run: RunDir) -> Path:
     """The file that is locked, and names the holder."""
     return run.root / "lease.lock"
+
+
+def refuse_if_held(run: RunDir) -> None:
+    """For a launcher, before it starts anything. Raises LeaseError when a process here holds the lease."""
+    if is_held(run):
+        raise _refusal(run)
+
+
+def _refusal(run: RunDir) -> LeaseError:
+    holder = _read(lease_file(run)) or "another process"
+    return LeaseError(
+        f"{run.root} is in use by {holder}; stop that job first (vmjepa stop {run.root}), or choose another "
+        "logging.folder"
+    )
 
 
 def lost_holder(run: RunDir) -> Holder | None:

@@ -38,14 +38,15 @@ class StatusFile:
 
     def beat(self, state: str, step: int, total: int, values: dict[str, float]) -> None:
         """Rewrites the file. step: optimizer steps done; values: the newest metrics, empty to keep the ones before."""
-        self._beat |= {"state": state, "phase": "training", "step": step, "total_steps": total}
-        self._beat["metrics"] = values or self._beat["metrics"]
+        self._beat |= {"state": state, "step": step, "total_steps": total}
+        if values:
+            self._beat |= {"phase": "training", "metrics": values}
         self._write()
 
     def tick(self, step: int) -> None:
         """To be called every step: refreshes a file older than 30 s, so that rare logging is not taken for silence."""
         if time.monotonic() - self._written >= TICK_S:
-            self._beat["step"] = step
+            self._beat |= {"phase": "training", "step": step}
             self._write()
 
     def _write(self) -> None:

@@ -44,12 +44,8 @@ class TrainProgress:
         if self._live:
             self._text = text or self._text
             self._live.update(self._task, completed=done, text=self._text)
-        if (
-            (self._log or not self._live)
-            and self._shown
-            and text
-            and (done == self._total or time.monotonic() - self._spoke > _PLAIN_EVERY_S)
-        ):
+        plain = self._shown and (self._log is not None or self._live is None)
+        if plain and text and (done == self._total or time.monotonic() - self._spoke > _PLAIN_EVERY_S):
             self._spoke = time.monotonic()
             left = (self._spoke - self._started) / max(1, done - self._first) * (self._total - done)
             line = f"{self._name}: step {done}/{self._total}  {text}  {left:.0f} s left"
