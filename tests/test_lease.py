@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -100,6 +101,22 @@ def test_a_live_job_on_another_machine_is_respected(run):
     threading.Timer(0.5, os.utime, [lease_file(run)]).start()
     with pytest.raises(LeaseError, match="process 12 on n7"):
         Lease(run).acquire()
+
+
+def test_without_locks_the_touching_decides(run, monkeypatch):
+    """A file system that has no locks: nobody is called dead, and a second job waits for a sign of life."""
+    monkeypatch.setattr(lease, "TOUCH_S", 0.2)
+    first = Lease(run)
+    first.acquire()
+
+    def unsupported(*_: object) -> None:
+        raise OSError(errno.ENOSYS, "not implemented")
+
+    monkeypatch.setattr(lease.fcntl, "flock", unsupported)
+    assert lost_holder(run) is None
+    with pytest.raises(LeaseError, match=f"process {os.getpid()}"):
+        Lease(run).acquire()
+    first.release()
 
 
 def test_a_config_error_of_a_second_job_does_not_mark_the_first_one(run, other_job):

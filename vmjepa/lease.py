@@ -140,28 +140,31 @@ def lost_holder(run: RunDir) -> Holder | None:
     holder = _read(path)
     if holder is None or holder.machine != _machine():
         return None
-    return None if is_held(run) else holder
+    return holder if is_held(run) is False else None
 
 
 def in_use(run: RunDir) -> bool:
     """True when a job is training in the run directory, here or, as far as the file's age tells, elsewhere."""
-    if is_held(run):
-        return True
+    held = is_held(run)
     holder = _read(lease_file(run))
-    if holder is None or holder.machine == _machine():
+    if held or holder is None:
+        return bool(held)
+    if held is False and holder.machine == _machine():
         return False
     return time.time() - lease_file(run).stat().st_mtime < STALE_S
 
 
-def is_held(run: RunDir) -> bool:
-    """True when a process holds the lock, as far as this machine can tell."""
+def is_held(run: RunDir) -> bool | None:
+    """Whether a process holds the lock, as far as this machine can tell; None where the file system has no locks."""
     try:
         with open(lease_file(run)) as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
-    except OSError:
+    except FileNotFoundError:
         return False
+    except OSError:
+        return None
     return False
 
 
