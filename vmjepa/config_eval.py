@@ -89,6 +89,8 @@ class EvalOptimizationSection(Section):
     """Ours. Range of a training crop's width over height."""
     seeds: list[Annotated[int, Field(ge=0)]] = Field(default=[0], min_length=1)
     """Ours. The probe is trained once per seed; mean and spread are reported."""
+    threads_per_rank: Count | None = None
+    """Ours. CPU threads of each rank (null: PyTorch's choice). Small models run best on one."""
 
 
 class EvalPretrainSection(Section):
@@ -145,5 +147,5 @@ class ProbeSection(Section):
     single_frame_baseline: bool = False
     """Probe the pretrained encoder on clips that repeat their middle frame too, to show what needs no motion."""
     cached_draws: int = Field(default=0, ge=0)
-    """0: clips are drawn and encoded anew in every epoch. K: K draws of each training clip, and the validation clips, are
-    encoded once and kept in memory; epoch e uses draw e mod K."""
+    """0: clips are drawn and encoded anew in every epoch. K: K draws of each training clip, and the validation clips,
+    are encoded once and kept in memory; epoch e uses draw e mod K."""

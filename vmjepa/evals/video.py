@@ -47,6 +47,8 @@ def evaluate(cfg: EvalConfig, device: str | None = None) -> dict[str, Any]:
     """
     if cfg.eval_name != "video_classification_frozen":
         raise ConfigError(f"eval_name: {cfg.eval_name} is not supported yet; use video_classification_frozen")
+    if cfg.optimization.threads_per_rank:
+        torch.set_num_threads(cfg.optimization.threads_per_rank)
     return Evaluation(cfg, _world(device)).run()
 
 
