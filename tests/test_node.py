@@ -11,7 +11,7 @@ import pytest
 from tests.conftest import ROOT
 from vmjepa.launch.node import ask_to_stop, last_line, telling_rank
 from vmjepa.run_dir import ATTEMPT, RunDir
-from vmjepa.train.control import NOTHING, STOP, Control
+from vmjepa.train.attempt import Attempt
 
 
 @pytest.mark.parametrize(
@@ -40,24 +40,19 @@ def test_a_machine_asks_in_words_and_never_over_a_person(tmp_path):
     assert (tmp_path / "control/stop").read_text() == ""
 
 
-def test_a_job_keeps_a_stop_that_came_early(tmp_path, monkeypatch, single_world):
-    """Alone, a run clears old requests; in a job the script did so, and one that comes while ranks start counts."""
+def test_a_job_keeps_its_attempt_and_early_requests(tmp_path, monkeypatch, single_world):
+    """Alone, a run numbers its attempt and clears old requests; in a job the script did so, and a request that comes
+    while the ranks start counts."""
     run = RunDir(tmp_path)
     run.create()
-    for in_job, expected in ((False, NOTHING), (True, STOP)):
+    for in_job, expected in ((False, 1), (True, 7)):
         (run.control / "stop").touch()
         if in_job:
-            monkeypatch.setenv(ATTEMPT, str(tmp_path / "attempts/1"))
-        control = Control(run.control, single_world)
-        assert control.poll() == expected
-        control.close()
-
-
-def test_a_job_names_the_attempt(tmp_path, monkeypatch):
-    run = RunDir(tmp_path)
-    assert run.next_attempt().name == "1"
-    monkeypatch.setenv(ATTEMPT, str(tmp_path / "attempts/7"))
-    assert run.next_attempt() == tmp_path / "attempts/7"
+            run.attempt(7).mkdir()
+            monkeypatch.setenv(ATTEMPT, str(run.attempt(7)))
+        with Attempt(run, single_world, None) as attempt:
+            assert attempt.number == expected
+            assert (run.control / "stop").exists() == in_job
 
 
 @pytest.mark.slow
@@ -67,7 +62,7 @@ def test_two_ranks_fail_with_one_reason(tmp_path):
     command += ["127.0.0.1:0", "--run", str(tmp_path), "--logs", str(tmp_path), "--", "pretrain", "no-such.yaml"]
     done = subprocess.run(command, cwd=ROOT, env=dict(os.environ), capture_output=True, text=True)
     assert done.returncode == 93, done.stderr
-    assert "no-such.yaml: no such config file" in (tmp_path / "rank_0001.log").read_text()
+    assert "no-such.yaml: no such config file" in (tmp_path / "rank_1.out").read_text()
     code, reason = (tmp_path / "node_0.exit").read_text().splitlines()
     assert (code, done.stderr.strip()) == ("93", reason)
     assert "ended with exit code 93: error" in reason

@@ -11,8 +11,10 @@ from typing import Annotated
 import typer
 
 from vmjepa.errors import handle_errors
-from vmjepa.launch import local
+from vmjepa.launch import local, watch
+from vmjepa.lease import refuse_if_held
 from vmjepa.run_dir import RunDir
+from vmjepa.run_status import failures_shown
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 
@@ -33,14 +35,19 @@ def pretrain(config: Config, overrides: Overrides = None, devices: Devices = Non
     Example: vmjepa pretrain configs/pretrain/demo.yaml optimization.epochs=2 --devices cpu cpu
     """
     from vmjepa.config import load_pretrain
+    from vmjepa.config_load import run_folder
 
-    cfg = load_pretrain(config, overrides or [])
+    with failures_shown(run_folder(config, overrides or [])):
+        cfg = load_pretrain(config, overrides or [])
+        if devices and not local.is_rank():
+            local.check_devices(devices)
     _say_once(cfg.notices)
+    run_dir = RunDir(cfg.logging.folder)
+    if not local.is_rank():
+        refuse_if_held(run_dir)  # before Ctrl-C can reach the job that runs there
     if devices and not local.is_rank() and len(devices) > 1:
-        stop_file = RunDir(cfg.logging.folder).control / "stop"
+        stop_file = run_dir.control / "stop"
         sys.exit(local.launch(devices, ["pretrain", str(config), *(overrides or [])], stop_file))
-    if devices and not local.is_rank():
-        local.check_devices(devices)
     from vmjepa.train.pretrain import pretrain as run
 
     sys.exit(run(cfg, devices[0] if devices else local.rank_device()))
@@ -59,6 +66,10 @@ def evaluate(config: Config, overrides: Overrides = None, device: Annotated[str 
     from vmjepa.evals.video import evaluate as run
 
     run(cfg, device)
+
+
+for command in (watch.status, watch.stop, watch.save, watch.logs):
+    app.command()(command)
 
 
 submit_app = typer.Typer(no_args_is_help=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Hashable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
@@ -98,6 +99,19 @@ def read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(raw, dict):
         raise ConfigError(f"{path}: expected `section:` lines, found {_show(raw)}; start from a file in configs/")
     return raw
+
+
+def run_folder(path: Path, overrides: Sequence[str]) -> str | None:
+    """logging.folder of a config that may be wrong elsewhere, so that its error can be noted there; None if unclear."""
+    raw: dict[str, Any] = {}
+    with suppress(ConfigError):  # an override may still name the folder
+        raw = read_yaml(path)
+    for override in overrides:
+        if override.partition("=")[0].strip() == "logging.folder":
+            raw["logging"] = {"folder": override.partition("=")[2].strip()}
+    section = raw.get("logging")
+    folder = section.get("folder") if isinstance(section, dict) else None
+    return folder if isinstance(folder, str) and folder else None
 
 
 def apply_override(raw: dict[str, Any], override: str) -> Key:

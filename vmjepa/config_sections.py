@@ -301,5 +301,7 @@ class MonitorSection(Section):
     """Optimizer steps between log lines."""
     rank_every_steps: Count = 50
     """Optimizer steps between measurements of the target features' rank (RankMe)."""
+    hang_seconds: Positive | None = 1800
+    """End the job when a rank makes no progress for so long, four times that before the first step (null: never)."""
     tensorboard: bool = True
     """Write TensorBoard files beside metrics.jsonl."""

@@ -1,7 +1,8 @@
 """Errors that say what is wrong, where, and what to do about it; and the exit codes jobs rely on.
 
 Exit codes (the batch scripts act on them): 0 done, 85 saved and resumable (requeue), 93 never retry (bad
-config, bad data, unusable checkpoint); anything else is a crash.
+config, bad data, unusable checkpoint, run directory in use), 87 hung (a crash whose suspects are named in the run
+directory); anything else is a crash.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from contextlib import contextmanager
 from typing import NoReturn
 
 EXIT_REQUEUE = 85
+EXIT_HUNG = 87
 EXIT_NEVER_RETRY = 93
 
 

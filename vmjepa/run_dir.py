@@ -17,7 +17,6 @@ from vmjepa.errors import storage_error
 
 PACKAGES = ("torch", "deepspeed", "mamba-ssm", "causal-conv1d", "nvidia-dali-cuda130", "av", "webdataset", "numpy")
 
-
 ATTEMPT = "VMJEPA_ATTEMPT"
 """Variable in which a job script names the folder attempts/N that it made for this start."""
 
@@ -55,8 +54,25 @@ class RunDir:
 
     @property
     def status(self) -> Path:
-        """Heartbeat of rank 0."""
+        """Heartbeat of rank 0, and the reason of a failure."""
         return self.root / "status.json"
+
+    @property
+    def attempts(self) -> Path:
+        """Folder of attempts/N, one per start of the run, and the link `latest`."""
+        return self.root / "attempts"
+
+    def attempt(self, number: int) -> Path:
+        """Folder of one start of the run: logs and errors per rank, provenance."""
+        return self.attempts / str(number)
+
+    def log(self, number: int, rank: int) -> Path:
+        """What a rank wrote to stderr in an attempt."""
+        return self.attempt(number) / f"rank_{rank}.log"
+
+    def last_attempt(self) -> int:
+        """Number of the newest attempt; 0 when there is none."""
+        return max((int(p.name) for p in self.attempts.glob("*") if p.name.isdigit()), default=0)
 
     def create(self) -> None:
         """Makes the folders.
@@ -70,15 +86,25 @@ class RunDir:
         except OSError as error:
             raise storage_error(error, f"creating the run directory {self.root}") from error
 
-    def next_attempt(self) -> Path:
-        """Creates and returns attempts/N for this start of the run, N counting from 1; in a job, the job's own."""
-        if ATTEMPT in os.environ:
-            return Path(os.environ[ATTEMPT])
-        attempts = self.root / "attempts"
-        numbers = [int(p.name) for p in attempts.glob("*") if p.name.isdigit()]
-        folder = attempts / str(max(numbers, default=0) + 1)
-        folder.mkdir(parents=True)
-        return folder
+    def next_attempt(self) -> int:
+        """Creates attempts/N for this start of the run, points attempts/latest at it, and returns N, from 1.
+
+        In a job it is the folder that the job script has made.
+
+        Raises:
+            StorageError: when the file system refuses.
+        """
+        number = int(Path(os.environ[ATTEMPT]).name) if ATTEMPT in os.environ else self.last_attempt() + 1
+        try:
+            (self.attempt(number) / "alive").mkdir(parents=True)
+        except OSError as error:
+            raise storage_error(error, f"creating {self.attempt(number)}") from error
+        link = self.attempts / ".latest.tmp"
+        with suppress(OSError):  # a file system without links: the numbers tell
+            link.unlink(missing_ok=True)
+            link.symlink_to(str(number))
+            os.replace(link, self.attempts / "latest")
+        return number
 
 
 def write_atomic(path: Path, data: str | bytes) -> None:

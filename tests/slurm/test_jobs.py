@@ -46,7 +46,7 @@ def test_two_nodes_equal_one_machine(slurm, config, reference, tmp_path):
     assert losses(run) == reference
     assert (run / "attempts/latest").resolve() == (run / "attempts/1").resolve()
     names = {path.name for path in (run / "attempts/1").iterdir()}
-    assert {"rank_0000.log", "rank_0003.log", "node_0.exit", "node_1.exit", "provenance.json"} <= names
+    assert {"rank_0.out", "rank_3.log", "node_0.exit", "node_1.exit", "provenance.json"} <= names
     assert not (run / "control/lease").exists()
 
 
@@ -61,7 +61,7 @@ def test_a_preempted_job_goes_on_bit_for_bit(slurm, config, reference, tmp_path)
     assert "asking the run to save" in log(run)
     assert "saved after step" in log(run)
     assert losses(run) == reference
-    assert (run / "attempts/2/rank_0000.log").exists()
+    assert (run / "attempts/2/rank_0.out").exists()
 
 
 def test_a_chain_survives_its_time_limit_and_a_crash(slurm, config, reference, tmp_path):

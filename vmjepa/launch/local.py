@@ -31,13 +31,12 @@ def launch(devices: list[str], arguments: list[str], stop_file: Path) -> int:
 
     SIGTERM, SIGUSR1 or Ctrl-C make `stop_file`, on which the ranks save and end together; a second Ctrl-C ends at once.
 
+    Args:
+        devices: names that `check_devices` has passed.
+
     Returns:
         0 when all ranks succeed, else the exit code of the rank that failed first (85 stays 85, 93 stays 93).
-
-    Raises:
-        ConfigError: when a device name is none, is named twice (CPU excepted), or is not there.
     """
-    check_devices(devices)
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from vmjepa.errors import EXIT_NEVER_RETRY, EXIT_REQUEUE
 from vmjepa.launch import local
-from vmjepa.launch.rank import log_of
+from vmjepa.launch.rank import output_of
 from vmjepa.run_dir import ATTEMPT
 
 
@@ -79,7 +79,7 @@ def launch(nodes: int, ranks: int, head: str, number: int, logs: Path, command: 
             return code, ""
         host = os.environ.get("SLURMD_NODENAME", platform.node())
         how = f"exit code {code}" if code > 0 else f"signal {signal.Signals(-code).name}"
-        reason = f"error: rank {rank} on {host} ended with {how}: {last_line(log_of(rank, logs))}"
+        reason = f"error: rank {rank} on {host} ended with {how}: {last_line(output_of(rank, logs))}"
         return (code if 0 < code < 256 else 1), reason
     return 0, ""
 

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import signal
 from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 
-from vmjepa.run_dir import ATTEMPT
 from vmjepa.train.distributed import World, max_over_ranks
 
 NOTHING, SAVE, STOP = 0, 1, 2
@@ -24,9 +22,6 @@ class Control:
     def __init__(self, folder: Path, world: World):
         self._folder, self._world = folder, world
         self._signalled = False
-        if world.rank == 0 and ATTEMPT not in os.environ:  # a job script cleans up before it starts the ranks
-            for name in ("stop", "save"):  # left over from an earlier attempt
-                (folder / name).unlink(missing_ok=True)
         self._previous = {number: signal.signal(number, self._on_signal) for number in _SIGNALS}
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:

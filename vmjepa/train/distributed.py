@@ -8,6 +8,7 @@ import os
 import socket
 import warnings
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -15,6 +16,8 @@ from torch import Tensor
 
 from vmjepa.errors import ConfigError
 
+T = TypeVar("T")
+_TIMEOUT = datetime.timedelta(hours=2)  # the watchdog, which names the rank that hangs, should come first
 _LAUNCH_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -72,7 +75,7 @@ def _start_deepspeed(device: torch.device, size: int) -> None:
         deepspeed.init_distributed(
             dist_backend="nccl" if device.type == "cuda" else "gloo",
             auto_mpi_discovery=False,
-            timeout=datetime.timedelta(minutes=30),
+            timeout=_TIMEOUT,
             verbose=False,
         )
     except (RuntimeError, ValueError, dist.DistNetworkError) as error:
@@ -107,6 +110,14 @@ def max_over_ranks(value: int, device: torch.device) -> int:
     if dist.get_world_size() > 1:
         dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
     return int(tensor.item())
+
+
+def from_rank_zero(value: T, world: World) -> T:
+    """Rank 0's `value` (picklable), on every rank."""
+    values = [value]
+    if world.size > 1:
+        dist.broadcast_object_list(values, src=0, device=world.device)
+    return values[0]
 
 
 def barrier() -> None:

@@ -6,9 +6,7 @@ Metrics go to metrics.jsonl (one object per logged optimizer step) and TensorBoa
 from __future__ import annotations
 
 import json
-import os
 import resource
-import time
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -22,7 +20,7 @@ from vmjepa.train.distributed import sum_over_ranks
 
 _RANK_TOKENS = 8192
 _SECTIONS = {"loss": "loss", "lr": "schedule", "weight_decay": "schedule", "momentum": "schedule", "epoch": "schedule"}
-_SECTIONS |= dict.fromkeys(("clips_per_s", "data_wait", "memory_gib", "replaced_clips"), "speed")
+_SECTIONS |= dict.fromkeys(("clips_per_s", "step_seconds", "data_wait", "memory_gib", "replaced_clips"), "speed")
 
 
 def rank_me(tokens: Tensor) -> float:
@@ -94,13 +92,6 @@ class MetricsWriter:
         if self._board is not None:
             for name, value in values.items():
                 self._board.add_scalar(f"{_SECTIONS.get(name, 'health')}/{name}", value, step)
-
-    def heartbeat(self, state: str, step: int, total: int, values: dict[str, float]) -> None:
-        """Rewrites status.json."""
-        if not self.active:
-            return
-        beat = {"state": state, "step": step, "total_steps": total, "time": time.time(), "pid": os.getpid()}
-        write_atomic(self._run.status, json.dumps(beat | {"metrics": values}, indent=1))
 
     def close(self) -> None:
         """Flushes everything."""

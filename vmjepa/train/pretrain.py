@@ -26,7 +26,9 @@ from vmjepa.jepa import JEPA, skill_baseline
 from vmjepa.masks import GlobalMask, StepMask, draw_mask
 from vmjepa.models import build_encoder, build_predictor, decays
 from vmjepa.run_dir import RunDir, provenance, write_atomic
+from vmjepa.run_status import failures_shown
 from vmjepa.train import checkpoint, control
+from vmjepa.train.attempt import Attempt
 from vmjepa.train.distributed import World, barrier, init_world, peer_lost, sum_over_ranks
 from vmjepa.train.ema import TargetEncoder
 from vmjepa.train.engine import MODULES, Engine, EngineSettings, partition_target
@@ -45,23 +47,31 @@ def pretrain(cfg: PretrainConfig, device: str | None = None) -> int:
     """
     if cfg.engine.threads_per_rank:
         torch.set_num_threads(cfg.engine.threads_per_rank)
-    trainer = Trainer(cfg, init_world(device))
+    with failures_shown(cfg.logging.folder):
+        world = init_world(device)
+    with Attempt(RunDir(cfg.logging.folder), world, cfg.monitor.hang_seconds) as attempt:
+        return _train(cfg, world, attempt)
+
+
+def _train(cfg: PretrainConfig, world: World, attempt: Attempt) -> int:
     try:
-        return trainer.run()
+        trainer = Trainer(cfg, world, attempt)
+        try:
+            return trainer.run()
+        finally:
+            trainer.close()
     except RuntimeError as error:
-        if trainer.world.size > 1 and peer_lost(error):
+        if world.size > 1 and peer_lost(error):
             raise PeerLostError("another rank has ended, so this one cannot go on; see that rank's message") from error
         raise
-    finally:
-        trainer.close()
 
 
 class Trainer:
     """One rank's part of a run: model, target, data, and the step that ties them together."""
 
-    def __init__(self, cfg: PretrainConfig, world: World):
-        self.cfg, self.world = cfg, world
-        self.run_dir = RunDir(cfg.logging.folder)
+    def __init__(self, cfg: PretrainConfig, world: World, attempt: Attempt):
+        self.cfg, self.world, self.attempt = cfg, world, attempt
+        self.run_dir = attempt.run
         self._resume_from = self._find_checkpoint()
         read = cfg.meta.read_checkpoint
         self._start_from = checkpoint.resolve(read) if read and self._resume_from is None else None
@@ -77,7 +87,7 @@ class Trainer:
         self._build_model()
         self.loader = train_loader(cfg, datasets, world.rank, world.size, self.done, world.device)
         self.batches = iter(self.loader)
-        self._prepare_run_dir()  # last, so that a run that cannot start leaves an earlier one as it was
+        self._describe_run()  # last, so that a run that cannot start leaves an earlier one as it was
         self.metrics = MetricsWriter(self.run_dir, world.rank == 0, cfg.monitor.tensorboard, self.done)
         self.control = control.Control(self.run_dir.control, world)
         self._replaced = 0
@@ -91,18 +101,16 @@ class Trainer:
             )
         return found
 
-    def _prepare_run_dir(self) -> None:
+    def _describe_run(self) -> None:
         barrier()
         if self.world.rank == 0:
-            self.run_dir.create()
             changed = _changed_keys(self.run_dir, self.cfg) if self._resume_from else []
             if changed:
                 log.warning("resuming with a changed config: %s", ", ".join(changed))
-            attempt = self.run_dir.next_attempt()
             facts = json.dumps(provenance(self.world.size), indent=1)
             write_atomic(self.run_dir.config, self.cfg.to_yaml())
             write_atomic(self.run_dir.root / "provenance.json", facts)
-            write_atomic(attempt / "provenance.json", facts)
+            write_atomic(self.run_dir.attempt(self.attempt.number) / "provenance.json", facts)
         barrier()
 
     def _build_model(self) -> None:
@@ -141,8 +149,8 @@ class Trainer:
         values: dict[str, float] = {}
         self._clock, self._waited, self._counted = time.monotonic(), self.loader.wait_seconds, self.done
         state = "running"
-        self.metrics.heartbeat(state, self.done, self.total, values)
-        with TrainProgress(self.run_dir.root.name, self.total, self.done, lead) as progress:
+        self.attempt.beat(state, self.done, self.total, values)
+        with TrainProgress(self.run_dir.root.name, self.total, self.done, lead, self.attempt.log) as progress:
             if self.done:
                 progress.say(f"resuming {self.run_dir.root} after step {self.done}")
             while self.done < self.total and state == "running":
@@ -151,7 +159,8 @@ class Trainer:
                 if observed:
                     values = observed
                     self.metrics.write(self.done, values)
-                    self.metrics.heartbeat(state, self.done, self.total, values)
+                    self.attempt.beat(state, self.done, self.total, values)
+                self.attempt.tick(self.done)
                 progress.update(self.done, _headline(observed) if observed else "")
                 request = self.control.poll()
                 if request == control.STOP and self.done < self.total:
@@ -159,12 +168,12 @@ class Trainer:
                 if self.done % every == 0 or self.done == self.total or request != control.NOTHING:
                     self.save()
         state = "done" if self.done == self.total else state
-        self.metrics.heartbeat(state, self.done, self.total, values)
+        self.attempt.beat(state, self.done, self.total, values)
         return 0 if state == "done" else EXIT_REQUEUE
 
     def step(self, step: int) -> dict[str, float] | None:
         """One optimizer step on all ranks; returns metrics when this step is to be logged."""
-        cfg, opt, world = self.cfg, self.cfg.optimization, self.world
+        cfg, opt, world, watchdog = self.cfg, self.cfg.optimization, self.world, self.attempt.watchdog
         observer = Observer(self) if (step + 1) % cfg.monitor.every_steps == 0 or step + 1 == self.total else None
         torch.manual_seed((cfg.meta.seed << 32) + step * world.size + world.rank)  # DropPath
         masks = [
@@ -173,7 +182,9 @@ class Trainer:
         ]
         loss = torch.zeros((), device=world.device)
         for micro in range(opt.accumulation_steps):
+            watchdog.reach(step, "waiting for the data of")
             batch = next(self.batches)
+            watchdog.reach(step, "computing")
             clips, parts = self._prepare(batch, masks)
             features = self.target.features(clips)
             share, predictions = self.engine.micro_step(clips, parts, features)
@@ -208,11 +219,13 @@ class Trainer:
     def _speed(self) -> dict[str, float]:
         now, waited = time.monotonic(), self.loader.wait_seconds
         seconds = max(now - self._clock, 1e-9)
-        clips = (self.done + 1 - self._counted) * self.global_batch * self.cfg.data.num_clips
+        steps = self.done + 1 - self._counted
+        clips = steps * self.global_batch * self.cfg.data.num_clips
         share = (waited - self._waited) / seconds
         self._clock, self._waited, self._counted = now, waited, self.done + 1
         return {
             "clips_per_s": clips / seconds,
+            "step_seconds": seconds / steps,
             "data_wait": share,
             "memory_gib": memory_gib(self.world.device),
             "replaced_clips": self._replaced,
@@ -220,12 +233,16 @@ class Trainer:
 
     def save(self) -> None:
         """Publishes a checkpoint of the steps done; all ranks take part, rank 0 writes."""
+        watchdog = self.attempt.watchdog
+        watchdog.reach(self.done - 1, "gathering the weights after")
         model = self.engine.model_state()
         model |= {f"target_encoder.{name}": value for name, value in self.target.state_dict().items()}
         state = checkpoint.Checkpoint(self.done, model, self.engine.optimizer_state())
+        watchdog.reach(self.done - 1, "writing the checkpoint after")
         if self.world.rank == 0:
             extra = {"world_size": self.world.size, "zero_stage": self.cfg.engine.zero_stage}
             checkpoint.save(self.run_dir, state, extra, self.cfg.checkpoint.keep)
+        watchdog.reach(self.done - 1, "waiting for the checkpoint after")
         barrier()
 
     def close(self) -> None:

@@ -9,15 +9,19 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from vmjepa.train.rank_log import RankLog
+
 _PLAIN_EVERY_S = 10.0
 
 
 class TrainProgress:
-    """Context manager. `shown` is False on ranks that stay silent."""
+    """Context manager. `shown` is False on ranks that stay silent. rank_log: gets plain lines while the bar is live."""
 
-    def __init__(self, name: str, total: int, done: int, shown: bool):
+    def __init__(self, name: str, total: int, done: int, shown: bool, rank_log: RankLog | None = None):
         self._name, self._total, self._shown = name, total, shown
-        self._console = Console(stderr=True)
+        on_terminal = rank_log is not None and rank_log.console.isatty()
+        self._log = rank_log if on_terminal else None  # elsewhere the plain lines reach it through stderr
+        self._console = Console(file=rank_log.console) if rank_log and on_terminal else Console(stderr=True)
         self._live: Progress | None = None
         self._text = ""
         self._first, self._started, self._spoke = done, time.monotonic(), 0.0
@@ -40,10 +44,15 @@ class TrainProgress:
         if self._live:
             self._text = text or self._text
             self._live.update(self._task, completed=done, text=self._text)
-        elif self._shown and text and (done == self._total or time.monotonic() - self._spoke > _PLAIN_EVERY_S):
+        plain = self._shown and (self._log is not None or self._live is None)
+        if plain and text and (done == self._total or time.monotonic() - self._spoke > _PLAIN_EVERY_S):
             self._spoke = time.monotonic()
             left = (self._spoke - self._started) / max(1, done - self._first) * (self._total - done)
-            self.say(f"{self._name}: step {done}/{self._total}  {text}  {left:.0f} s left")
+            line = f"{self._name}: step {done}/{self._total}  {text}  {left:.0f} s left"
+            if self._log:
+                self._log.note(line)
+            else:
+                self.say(line)
 
     def say(self, line: str) -> None:
         """One line of its own."""
