@@ -6,12 +6,15 @@ import logging
 import os
 import signal
 import sys
+import time
 import uuid
 from pathlib import Path
 
 from vmjepa.errors import EXIT_REQUEUE, ConfigError
 
 _DEVICES = "VMJEPA_DEVICES"
+LAUNCHED = "VMJEPA_LAUNCHED"
+"""Environment variable: when a launcher of several ranks began, in seconds since the epoch."""
 
 
 def is_rank() -> bool:
@@ -50,6 +53,7 @@ def launch(devices: list[str], arguments: list[str], stop_file: Path) -> int:
         signals_to_handle="SIGHUP",
     )
     os.environ[_DEVICES] = ",".join(devices)
+    os.environ[LAUNCHED] = str(time.time())
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # said below, in one line
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
         signal.signal(number, lambda got, _: _ask_to_stop(got, stop_file))
