@@ -76,7 +76,7 @@ def masks_of(counts: torch.Tensor, total: int) -> list[StepMask]:
         return TokenSet(nn.utils.rnn.pad_sequence(rows, batch_first=True), lengths)
 
     short, long = pack(first), pack(rest)
-    return [StepMask(short, long, SAMPLES * TOKENS - total), StepMask(long, short, total)]
+    return [StepMask(short, long, SAMPLES * TOKENS - total, SAMPLES), StepMask(long, short, total, SAMPLES)]
 
 
 def start(stage: int, world, model_state=None, target_state=None, optimizer_state=None):

@@ -110,3 +110,10 @@ def test_another_model_is_refused(run, other, words):
     found = {"encoder.w": torch.zeros(2, 3)}
     with pytest.raises(CheckpointError, match=f"another model.*{words}"):
         checkpoint.check_fits(folder, found, other)
+
+
+def test_damaged_newer_ones_do_not_push_out_the_one_just_saved(run):
+    for step in (5, 6):
+        cut_short(checkpoint.save(run, sample(step), {}, keep=2))
+    checkpoint.save(run, sample(3), {}, keep=2)
+    assert checkpoint.latest(run.root).name == "step_00000003"

@@ -96,6 +96,7 @@ WRONG_PRETRAIN = [
     ("optimization.ema", 0.99, "given 0.99, expected a list of two numbers, e.g. [0.3, 1.0]"),
     ("optimization.betas", [0.9, 1.0], "given [0.9, 1.0], expected numbers below 1, e.g. [0.9, 0.999]"),
     ("optimization.warmup", 500, "500 epochs do not fit a run of 300 epochs; use fewer"),
+    ("meta.seed", 2**31, "given 2147483648, expected less than 2147483648"),
     ("engine.zero_stage", 4, "given 4, expected at most 3"),
     ("meta.dtype", "float16", "float16 needs loss scaling, which is not supported; use bfloat16 or float32"),
     ("meta.dtype", "int8", "given 'int8' (text), expected one of 'float32' or 'bfloat16'"),

@@ -74,6 +74,72 @@ def test_folders_of_others_are_left_alone(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["thesis.tex"]
 
 
+def tree(folder: Path) -> dict[str, bytes | None]:
+    return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else None for p in folder.rglob("*")}
+
+
+def claim(out: Path, videos: Path | None = None) -> None:
+    demo.Demo(out, videos)._claim_folder()
+
+
+@pytest.mark.parametrize(
+    "mark",
+    [
+        pytest.param(b"{}", id="no-marker"),
+        pytest.param(b"", id="empty"),
+        pytest.param(b"[1]", id="list"),
+        pytest.param(b'\xff{"fing', id="garbled"),
+        pytest.param(b'{"made by": "vmjepa tools.demo", "fingerprint": "", "entries": ["../x"]}', id="forged-entries"),
+    ],
+)
+def test_folder_with_a_strange_demo_json_is_left_alone(tmp_path: Path, mark: bytes) -> None:
+    out = touch(tmp_path / "out", "thesis.txt", "videos/holiday.mp4")
+    (out / demo.MARK).write_bytes(mark)
+    before = tree(tmp_path)
+    with pytest.raises(UserError, match="not a demo's folder"):
+        demo.Demo(out, None).run()
+    assert tree(tmp_path) == before
+
+
+def test_starting_anew_removes_only_what_the_demo_made(tmp_path: Path, monkeypatch) -> None:
+    """Going on keeps all; other code removes the old demo, but not beside a file of the user's, nor behind a link."""
+    out, elsewhere = tmp_path / "out", touch(tmp_path / "big-disk", "run/config.yaml")
+    claim(out)
+    touch(out, "videos/clips.json", "shards/train/a.tar", "curves.png")
+    (out / "run").symlink_to(elsewhere / "run")
+    before = tree(out)
+    claim(out)
+    assert tree(out) == before
+    monkeypatch.setattr(demo, "_fingerprint", lambda videos: "other")
+    (out / "thesis.txt").write_text("precious")
+    with pytest.raises(UserError, match=r"holds what no demo made \(thesis.txt\)"):
+        claim(out)
+    assert before.items() <= tree(out).items()
+    (out / "thesis.txt").unlink()
+    claim(out)
+    assert list(tree(out)) == [demo.MARK]
+    assert (elsewhere / "run/config.yaml").is_file()
+
+
+def test_own_videos_are_checked_before_the_old_demo_goes(tmp_path: Path) -> None:
+    """Missing or empty videos, the demo's folder in the videos and the videos in it: sentences, and nothing changes."""
+    out = tmp_path / "videos/out"
+    claim(out)
+    touch(out, "videos/a/1.mp4", "run/config.yaml")
+    (tmp_path / "empty").mkdir()
+    before = tree(tmp_path)
+    for videos, message in (
+        (tmp_path / "nowhere", "no such folder"),
+        (tmp_path / "empty", "holds no files"),
+        (tmp_path / "videos", "lies inside the videos"),
+        (out, "lies inside the videos"),
+        (out / "videos", "lie inside"),
+    ):
+        with pytest.raises(UserError, match=message):
+            demo.Demo(out, videos).run()
+    assert tree(tmp_path) == before
+
+
 def test_report_without_labels_says_why_there_is_no_probe(tmp_path: Path, capsys) -> None:
     """Skill 0.1 in the first tenth of 40 logged steps and 0.3 in the last."""
     rows = [{"step": s, "loss": 1.0, "skill": 0.1 if s <= 4 else 0.3, "rank_content": 9.0} for s in range(1, 41)]

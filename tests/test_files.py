@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 import re
+import socket
 from pathlib import Path
 
 import numpy as np
@@ -101,6 +102,32 @@ def test_missing_csv_folder_and_clip(tmp_path: Path) -> None:
     csv.write_text("a.mp4 0\nmissing.mp4 1\n")
     with pytest.raises(DataError, match=r"clips.csv row 2: .*missing.mp4 does not exist"):
         FileDataset(csv)
+
+
+def _socket(path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as end:
+        end.bind(str(path))
+
+
+@pytest.mark.timeout(10)  # what this prevents is waiting for ever
+@pytest.mark.parametrize(
+    "make",
+    [
+        pytest.param(os.mkfifo, id="pipe"),
+        pytest.param(_socket, id="socket"),
+        pytest.param(lambda path: path.symlink_to("/dev/zero"), id="device"),
+    ],
+)
+def test_special_files_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make) -> None:  # type: ignore[no-untyped-def]
+    """A list or a clip that is no regular file is named and never opened."""
+    monkeypatch.chdir(tmp_path)  # a socket's path must be short
+    make(Path("clips.csv"))
+    with pytest.raises(DataError, match=r"clips\.csv is no regular file .*; give a CSV"):
+        open_dataset("clips.csv")
+    make(Path("a.mp4"))
+    Path("list.csv").write_text("a.mp4 0\n")
+    with pytest.raises(DataError, match=r"list\.csv row 1: \./a\.mp4 does not exist or is no file"):
+        open_dataset("list.csv")
 
 
 def test_file_dataset(tmp_path: Path) -> None:

@@ -171,12 +171,29 @@ def test_too_many_bad_clips_stop_the_run_for_good():
     samples = Samples([MemoryDataset(bad=(5,))])
     with loader(samples, batch_size=CLIPS, stop_step=None) as batches:
         with pytest.raises(
-            DataError, match=r"11 of 132 clips .* data.max_bad_fraction=0.01 allows.*clip 5 .*shard run"
+            DataError,
+            match=r"rank 0 of 1: 11 of its 132 clips .* data.max_bad_fraction=0.01 allows.*clip 5 .*shard run",
         ):
             list(batches)
         with pytest.raises(DataError):  # not StopIteration, which would look like the end of the data
             next(batches)
     assert len(read_all(samples, batch_size=CLIPS, stop_step=12, max_bad_fraction=0.1)) == 12
+
+
+def test_each_rank_judges_its_own_clips_at_the_same_batch_every_time():
+    samples = Samples([MemoryDataset(bad=(5,))])
+
+    def stop(rank: int) -> tuple[int, int, str]:
+        batches = loader(samples, rank=rank, world=2, batch_size=6, stop_step=None, max_bad_fraction=0.005)
+        with batches, pytest.raises(DataError) as error:
+            list(batches)
+        return batches.bad, batches.loaded, str(error.value)
+
+    for rank in (0, 1):
+        bad, loaded, message = stop(rank)
+        assert bad == 6  # the first count above 0.005 of 1000 clips
+        assert message.startswith(f"rank {rank} of 2: 6 of its {loaded} clips cannot be decoded")
+        assert stop(rank) == (bad, loaded, message)
 
 
 def test_no_decodable_clip_is_an_error():

@@ -74,3 +74,15 @@ def test_max_keep_and_max_temporal_keep_limit_the_context():
 def test_blocks_that_cover_the_grid_are_refused_not_redrawn_for_ever():
     with pytest.raises(ConfigError, match=r"mask\.1.*cover the whole"):
         draw_mask(spec(blocks=2, spatial=1.0), (2, 4, 4), 3, 0, 0, 1, "none")
+
+
+@pytest.mark.parametrize("spatial", [0.01, 0.03], ids=str)
+def test_a_block_has_at_least_one_token(spatial):
+    """Else there would be nothing to predict and the loss 0 / 0."""
+    mask = draw_mask(spec(blocks=1, spatial=spatial), (2, 6, 6), 4, 0, 0, 0, "none")
+    assert mask.target.any(axis=1).all()
+
+
+def test_a_grid_of_one_token_is_refused():
+    with pytest.raises(ConfigError, match="no context is left"):
+        draw_mask(spec(), (1, 1, 1), 2, 0, 0, 0, "none")

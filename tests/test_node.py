@@ -47,6 +47,7 @@ def test_a_job_keeps_its_attempt_and_early_requests(tmp_path, monkeypatch, singl
     run.create()
     for in_job, expected in ((False, 1), (True, 7)):
         (run.control / "stop").touch()
+        os.utime(run.control / "stop", (0, 0))  # older than this process
         if in_job:
             run.attempt(7).mkdir()
             monkeypatch.setenv(ATTEMPT, str(run.attempt(7)))

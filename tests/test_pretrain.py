@@ -198,6 +198,30 @@ def test_a_damaged_shard_ends_all_ranks_with_one_sentence(config, tmp_path):
 
 
 @pytest.mark.slow
+def test_divergence_ends_the_run_and_keeps_its_checkpoints(config, tmp_path):
+    """A loss that is no number: exit 93 with a remedy, nothing saved. A run asked for less than it has done is done."""
+    run = tmp_path / "run"
+    train(config, run, 1, "optimization.epochs=1")
+    command = command_of(config, run, 1, "optimization.lr=1e20", "optimization.start_lr=1e20", "optimization.epochs=5")
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 93, done.stderr
+    assert "diverged" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert [p.name for p in (run / "checkpoints").iterdir() if p.name > "step_00000004"] == []
+    command = command_of(config, run, 1, "optimization.epochs=1", "optimization.ipe=3", "optimization.warmup=0")
+    assert subprocess.run(command, cwd=ROOT, capture_output=True).returncode == 0
+    assert json.loads((run / "status.json").read_text())["state"] == "done"
+
+
+@pytest.mark.slow
+def test_a_single_clip_is_a_batch(config, tmp_path):
+    """Batch 1 on one rank trains; there is no skill to speak of, since the clip is its own mean."""
+    overrides = ("data.global_batch_size=1", "optimization.accumulation_steps=1", "optimization.epochs=1")
+    assert len(train(config, tmp_path / "run", 1, *overrides)) == 4
+    assert "skill" not in (tmp_path / "run/metrics.jsonl").read_text()
+
+
+@pytest.mark.slow
 def test_a_checkpoint_of_another_model_is_refused(config, reference, tmp_path):
     """Same run directory, another width: one sentence, exit 93, and the run stays as it was."""
     run = reference[0]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import os
 import pickle
 import shutil
 import tarfile
@@ -164,9 +165,14 @@ def test_changed_byte_is_found(copy: Path) -> None:
     dataset.verify(2)
 
 
-def _edit_summary(folder: Path, **entries: object) -> None:
-    summary = json.loads((folder / SUMMARY).read_text())
-    (folder / SUMMARY).write_text(json.dumps(summary | entries))
+def _edit_summary(folder: Path, *without: str, **entries: object) -> None:
+    summary = json.loads((folder / SUMMARY).read_text()) | entries
+    (folder / SUMMARY).write_text(json.dumps({key: value for key, value in summary.items() if key not in without}))
+
+
+def _pipe(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
 
 
 @pytest.mark.parametrize(
@@ -184,14 +190,42 @@ def _edit_summary(folder: Path, **entries: object) -> None:
         pytest.param(lambda f: (f / SUMMARY).write_text("{"), r"dataset\.json cannot be read", id="damaged-summary"),
         pytest.param(lambda f: (f / SUMMARY).write_text("[]"), "does not describe", id="other-json"),
         pytest.param(lambda f: _edit_summary(f, version=99), "version 99", id="other-version"),
+        pytest.param(lambda f: (f / SUMMARY).write_bytes(b"\xff\xfe{"), "cannot be read .*utf-8", id="not-utf8"),
+        pytest.param(lambda f: (f / SUMMARY).write_text("[" * 10**5), "cannot be read", id="nested-too-deep"),
+        pytest.param(lambda f: _edit_summary(f, shards=7), r"entry shards is no list", id="shards-no-list"),
+        pytest.param(lambda f: _edit_summary(f, shards=[7]), r"shards\[0\] is no JSON object", id="shard-no-object"),
+        pytest.param(
+            lambda f: _edit_summary(f, shards=[{"name": "a.tar"}]),
+            r"entry shards\[0\]\.size is missing",
+            id="shard-without-size",
+        ),
+        pytest.param(lambda f: _pipe(f / MANIFEST), r"manifest\.parquet is no regular file", id="manifest-pipe"),
+        pytest.param(lambda f: _pipe(f / SUMMARY), r"holds no dataset\.json", id="summary-pipe"),
     ],
 )
+@pytest.mark.timeout(10)
 def test_damaged_folder(copy: Path, damage, says: str) -> None:  # type: ignore[no-untyped-def]
     """Opening a damaged dataset says which file is wrong and what to do."""
     damage(copy)
     with pytest.raises(DataError, match=says) as error:
         open_dataset(copy)
     assert "python -m tools.shard run" in str(error.value) or "pack it again" in str(error.value)
+
+
+@pytest.mark.parametrize("key", ["samples", "frames", "bytes", "quarantined", "labels", "shards", "options"])
+def test_incomplete_summary(copy: Path, key: str) -> None:
+    """An entry that dataset.json lacks is named, with the file and the remedy."""
+    _edit_summary(copy, key)
+    with pytest.raises(DataError, match=rf"dataset\.json: the entry {key} is missing; pack it again"):
+        open_dataset(copy)
+
+
+@pytest.mark.timeout(10)
+def test_summary_that_is_a_pipe(copy: Path) -> None:
+    """Reading the summary by itself does not wait for somebody to write into it."""
+    _pipe(copy / SUMMARY)
+    with pytest.raises(DataError, match=r"dataset\.json is no regular file"):
+        ShardDataset(copy)
 
 
 def test_shard_cut_short_while_open(copy: Path) -> None:

@@ -20,12 +20,13 @@ import shutil
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from tools.demo_input import VideoSets, find_sets
+from tools.demo_input import VideoSets, find_sets, sort_videos
 from tools.demo_videos import CLASSES, SUMMARY
 from vmjepa.errors import UserError, handle_errors
 from vmjepa.evals.report import as_table, from_json
@@ -34,7 +35,10 @@ from vmjepa.run_dir import read_json, write_atomic
 
 ROOT = Path(__file__).resolve().parent.parent
 PRETRAIN, EVALUATE = ROOT / "configs/pretrain/demo.yaml", ROOT / "configs/evals/demo.yaml"
-MARK = "demo.json"  # what the folder was made from; its presence says that the folder is ours
+MARK = "demo.json"  # says that the folder is a demo's, what it was made from, and which entries the demo makes
+_OWNER, _OWNER_KEY = "vmjepa tools.demo", "made by"
+_RESULTS = ("shards", "run", "curves.png")
+_OWN_VIDEOS = ("videos", "videos.unfinished")
 _SHORT_SIDE = (
     "128"  # the user's videos are shrunk to this: the demo looks at 48 pixels, and decoding is most of the work
 )
@@ -48,14 +52,12 @@ class Demo:
     def __init__(self, out: Path, videos: Path | None) -> None:
         self.out, self.videos = out, videos
         self.run_dir, self.results = out / "run", out / "run/evals/demo/results.json"
+        self.entries = [*_RESULTS, "lists"] if videos else [*_RESULTS, *_OWN_VIDEOS]
         self.began = time.monotonic()
 
     def run(self) -> None:
         """All steps, those already done left out."""
-        if self.videos and not self.videos.is_dir():
-            raise UserError(
-                f"{self.videos}: no such folder; give a folder of videos, with a folder per class for a probe"
-            )
+        self._check_input()
         self._claim_folder()
         sets = self._videos()
         self._step("Packing the videos into shards")
@@ -68,20 +70,50 @@ class Demo:
             self._evaluate(sets)
         self._report(sets)
 
+    def _check_input(self) -> None:
+        """Refuses videos that cannot be used, before anything is written or removed."""
+        if self.videos is None:
+            return
+        if not self.videos.is_dir():
+            raise UserError(
+                f"{self.videos}: no such folder; give a folder of videos, with a folder per class for a probe"
+            )
+        videos, out = self.videos.resolve(), self.out.resolve()
+        if out.is_relative_to(videos):  # the demo would take its own output for videos
+            raise UserError(f"{self.out} lies inside the videos {self.videos}; choose another folder with OUT=folder")
+        if videos.is_relative_to(out):  # starting anew would remove the videos
+            raise UserError(f"the videos {self.videos} lie inside {self.out}; choose another folder with OUT=folder")
+        sort_videos(self.videos)
+
     def _claim_folder(self) -> None:
-        """Makes `out` this demo's folder, empty unless it was made from the same code, configs and videos."""
+        """Makes `out` this demo's folder, empty unless it was made from the same code, configs and videos.
+
+        Removes only what an earlier demo says it made; a folder that holds anything else is refused.
+        """
         fingerprint = _fingerprint(self.videos)
-        mark = self.out / MARK
-        if mark.is_file():
-            if read_json(mark).get("fingerprint") == fingerprint:
+        if self.out.exists() and (not self.out.is_dir() or any(self.out.iterdir())):
+            mark = _read_mark(self.out)
+            if mark["fingerprint"] == fingerprint:
                 console.print(f"{self.out} was made from the same code, configs and videos: going on from there")
                 return
+            made = [MARK, *mark["entries"]]
+            foreign = sorted(path.name for path in self.out.iterdir() if path.name not in made)
+            if foreign:
+                raise UserError(
+                    f"{self.out} was made from other code, configs or videos, and holds what no demo made "
+                    f"({', '.join(foreign[:3])}{', …' if foreign[3:] else ''}); move that away, or choose another "
+                    "folder with OUT=folder"
+                )
             console.print(f"{self.out} was made from other code, configs or videos: starting anew")
-            shutil.rmtree(self.out)
-        elif self.out.exists() and (not self.out.is_dir() or any(self.out.iterdir())):
-            raise UserError(f"{self.out} exists and is not a demo's folder; choose another one with OUT=folder")
+            self._write_mark("", mark["entries"])  # stopped half way, this is no demo to go on from
+            for name in mark["entries"]:
+                _remove(self.out / name)
         self.out.mkdir(parents=True, exist_ok=True)
-        write_atomic(mark, json.dumps({"fingerprint": fingerprint}) + "\n")
+        self._write_mark(fingerprint, self.entries)
+
+    def _write_mark(self, fingerprint: str, entries: list[str]) -> None:
+        content = {_OWNER_KEY: _OWNER, "fingerprint": fingerprint, "entries": entries}
+        write_atomic(self.out / MARK, json.dumps(content) + "\n")
 
     def _videos(self) -> VideoSets:
         if self.videos:
@@ -161,6 +193,28 @@ def _shown(program: str) -> str:
     """A program of this environment as the user would type it."""
     path = Path(sys.executable).with_name(program)
     return os.path.relpath(path) if path.is_relative_to(Path.cwd()) else str(path)
+
+
+def _read_mark(out: Path) -> dict[str, Any]:
+    """The fingerprint and the entries of the demo that made `out`; UserError where no demo did."""
+    with suppress(OSError, ValueError):
+        mark = json.loads((out / MARK).read_bytes())
+        if (
+            isinstance(mark, dict)
+            and mark.get(_OWNER_KEY) == _OWNER
+            and isinstance(mark.get("fingerprint"), str)
+            and isinstance(mark.get("entries"), list)
+            and all(name in (*_RESULTS, *_OWN_VIDEOS, "lists") for name in mark["entries"])
+        ):
+            return mark
+    raise UserError(f"{out} exists and is not a demo's folder; choose another one with OUT=folder")
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _fingerprint(videos: Path | None) -> str:

@@ -11,7 +11,8 @@ from tools.shard.inputs import Clip, list_input
 from vmjepa.errors import storage_error
 
 TEST_NAMES = ("test", "val", "validation")
-_ONE_IN = 5  # videos of a class that become test videos
+_ONE_IN = 5  # one video of a class in so many becomes a test video
+_NOWHERE = Path(os.devnull)  # no folder inside the videos is left out
 
 
 @dataclass(frozen=True)
@@ -24,20 +25,32 @@ class VideoSets:
     why_no_probe: str = ""
 
 
-def find_sets(folder: Path, lists: Path) -> VideoSets:
+Labelled = list[tuple[Clip, str]]
+"""Clips with the names of their classes."""
+
+
+def sort_videos(folder: Path) -> dict[str, Labelled]:
     """Understands `folder`: train/ and test/ with class folders in each, class folders, or any other videos.
 
     Class folders without a split are split by a hash of each video's name: a fifth of each class is for the test, at
-    least one video where a class has two. The lists of clips are written to the folder `lists`.
+    least one video where a class has two. Videos outside class folders are in neither part. Writes nothing.
 
     Raises:
         DataError: nothing in the folder.
     """
     test = next((folder / name for name in TEST_NAMES if (folder / name).is_dir()), None)
     if test is not None and (folder / "train").is_dir():
-        parts = {"train": _labelled(folder / "train", lists), "test": _labelled(test, lists)}
-    else:
-        parts = _split(_labelled(folder, lists))
+        return {"train": _labelled(folder / "train"), "test": _labelled(test)}
+    return _split(_labelled(folder))
+
+
+def find_sets(folder: Path, lists: Path) -> VideoSets:
+    """What to pack of `folder`, as `sort_videos` finds it; the lists of clips are written to the folder `lists`.
+
+    Raises:
+        DataError: nothing in the folder.
+    """
+    parts = sort_videos(folder)
     classes = sorted({name for clips in parts.values() for _, name in clips})
     trained = {name for _, name in parts["train"]}
     if len(trained) < 2 or not parts["test"]:
@@ -53,15 +66,15 @@ def find_sets(folder: Path, lists: Path) -> VideoSets:
     return VideoSets(lists / "train.csv", lists / "test.csv", classes)
 
 
-def _labelled(folder: Path, lists: Path) -> list[tuple[Clip, str]]:
+def _labelled(folder: Path) -> Labelled:
     """The clips in class folders with their class; none where the folder is flat."""
-    listing = list_input(folder, "auto", exclude=lists)
+    listing = list_input(folder, "auto", exclude=_NOWHERE)
     names = {number: name for name, number in listing.labels.items()}
     return [(clip, names[clip.label]) for clip in listing.clips if clip.label >= 0]
 
 
-def _split(clips: list[tuple[Clip, str]]) -> dict[str, list[tuple[Clip, str]]]:
-    parts: dict[str, list[tuple[Clip, str]]] = {"train": [], "test": []}
+def _split(clips: Labelled) -> dict[str, Labelled]:
+    parts: dict[str, Labelled] = {"train": [], "test": []}
     for name in sorted({name for _, name in clips}):
         members = sorted(
             (c for c in clips if c[1] == name), key=lambda c: hashlib.sha256(c[0].source.encode()).digest()
@@ -72,7 +85,7 @@ def _split(clips: list[tuple[Clip, str]]) -> dict[str, list[tuple[Clip, str]]]:
     return parts
 
 
-def _write_csv(path: Path, clips: list[tuple[Clip, str]], classes: list[str]) -> None:
+def _write_csv(path: Path, clips: Labelled, classes: list[str]) -> None:
     number = {name: i for i, name in enumerate(classes)}
     rows = []
     for clip, name in clips:

@@ -177,7 +177,7 @@ class MetaSection(Section):
     """Resume when the run directory holds a checkpoint."""
     read_checkpoint: Text | None = None
     """A checkpoint to start from when the run directory holds none."""
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     """Sample order, crops, masks and initial weights all follow from it."""
     dtype: Annotated[Literal["float32", "bfloat16"], BeforeValidator(_dtype)] = "float32"
     """Precision of the matrix products; parameters stay in float32."""
@@ -269,6 +269,8 @@ class OptimizationSection(Section):
     def _consistent(self) -> OptimizationSection:
         if self.warmup > self.epochs * self.ipe_scale:
             raise KeyProblem("warmup", f"{self.warmup:g} epochs do not fit a run of {self.epochs} epochs; use fewer")
+        if int(self.ipe_scale * self.epochs * self.ipe) < 1:
+            raise KeyProblem("ipe_scale", f"{self.ipe_scale:g} leaves schedules of no step; use 1.0 or more")
         if 1.0 in self.betas:
             raise KeyProblem("betas", f"given {list(self.betas)}, expected numbers below 1, e.g. [0.9, 0.999]")
         return self

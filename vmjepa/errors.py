@@ -37,6 +37,10 @@ class CheckpointError(UserError):
     """A checkpoint that cannot be used for this run."""
 
 
+class DivergedError(UserError):
+    """The loss or a weight is no finite number any more. The same config would diverge again, so it is not retried."""
+
+
 class StorageError(UserError):
     """The disk is full or refuses to be written. Retrying after making room is sensible, so it counts as a crash."""
 

@@ -59,7 +59,7 @@ class JEPA(nn.Module):
                 error = error * real[..., None]
             share = share + error.sum() / (mask.target_total * features.shape[-1] * len(masks))
             if self.reg_coeff > 0:
-                fraction = _token_count(mask.target) / mask.target_total
+                fraction = len(clips) / mask.clip_total
                 penalty = penalty + fraction * variance_penalty(predicted, mask.target) / len(masks)
             predictions.append(predicted.detach())
         return share + self.reg_coeff * penalty, share.detach(), predictions
@@ -106,9 +106,3 @@ def skill_baseline(features: Tensor, position_mean: Tensor, masks: Sequence[Step
             picked = picked * real[..., None]
         total = total + picked.sum() / (mask.target_total * features.shape[-1] * len(masks))
     return total
-
-
-def _token_count(tokens: TokenSet) -> float:
-    if tokens.lengths is None:
-        return float(tokens.index.numel())
-    return float(tokens.lengths.sum())

@@ -71,7 +71,8 @@ def block_size(spec: MaskSpec, grid: Grid, draws: np.ndarray) -> Grid:
     time = max(1, int(t * between(spec.temporal_scale, float(draws[0]))))
     area = int(h * w * between(spec.spatial_scale, float(draws[1])))
     ratio = between(spec.aspect_ratio, float(draws[2]))
-    return time, min(h, round(math.sqrt(area * ratio))), min(w, round(math.sqrt(area / ratio)))
+    rows, columns = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+    return time, min(h, max(1, rows)), min(w, max(1, columns))  # at least one token, or there is nothing to predict
 
 
 def target_cells(spec: MaskSpec, grid: Grid, size: Grid, corners: np.ndarray) -> np.ndarray:
@@ -120,13 +121,14 @@ def draw_targets(spec: MaskSpec, grid: Grid, samples: int, seed: int, step: int,
 class StepMask:
     """One mask of one micro-batch: what the encoder sees, what the predictor predicts.
 
-    target_total is the number of target tokens in the *global* batch, by which the loss is normalised, so that a loss
-    is the same at any rank count and accumulation.
+    target_total and clip_total are the numbers of target tokens and clips in the *global* batch, by which the loss is
+    normalised, so that it is the same at any rank count and accumulation.
     """
 
     context: TokenSet
     target: TokenSet
     target_total: int
+    clip_total: int
 
 
 @dataclass(frozen=True)
@@ -144,7 +146,8 @@ class GlobalMask:
             clips: clips per video; all of them share their video's mask.
         """
         context, target = token_set(self.context[rows]), token_set(self.target[rows])
-        return StepMask(context.to(device), target.to(device), int(self.target.sum()) * clips)
+        totals = int(self.target.sum()) * clips, len(self.target) * clips
+        return StepMask(context.to(device), target.to(device), *totals)
 
 
 def draw_mask(spec: MaskSpec, grid: Grid, samples: int, seed: int, step: int, number: int, truncate: str) -> GlobalMask:

@@ -93,7 +93,7 @@ def test_six_official_steps(vectors, config, single_world):
                 torch.from_numpy(vectors[f"step{step}/mask_{part}{number}"]).long().repeat(config["num_clips"], 1)
                 for part in ("enc", "pred")
             )
-            masks.append(StepMask(TokenSet(context), TokenSet(predicted), predicted.numel()))
+            masks.append(StepMask(TokenSet(context), TokenSet(predicted), predicted.numel(), len(predicted)))
         loss, _ = engine.micro_step(clips, masks, target.features(clips))
         if step == 0:
             check_first_gradients(engine, vectors)

@@ -26,6 +26,12 @@ def printable(text: str) -> str:
     return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
+def refuse_special(path: Path, remedy: str) -> None:
+    """Raises DataError where `path` is a pipe, a device or a socket: opening one may wait for ever."""
+    if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):
+        raise DataError(f"{path} is no regular file (a pipe, device or socket); {remedy}")
+
+
 def _split_row(line: str) -> tuple[str, str]:
     """Path and label text of one row: the label is the last field, so that the path may hold spaces and commas."""
     quoted = _QUOTED.fullmatch(line)
@@ -52,9 +58,11 @@ def read_rows(path: str | Path) -> list[tuple[int, str, int]]:
     A row is `path label` (V-JEPA), `path,label` or `"path",label`; the last field is the label, an integer (-1 = none),
     so unquoted paths may hold spaces and commas. Blank rows are skipped, and so is a first row such as `path,label`.
 
-    Raises DataError: no such file, no clips in it, a row without a path or whose label is no 32-bit integer >= -1.
+    Raises DataError: no such file, a pipe or device, no clips in it, a row without a path or whose label is no 32-bit
+    integer >= -1.
     """
     path = Path(path)
+    refuse_special(path, "give a CSV with one `path label` per row")
     try:
         # Names in other encodings survive as surrogates, the way Python passes them to the file system.
         text = path.read_text(encoding="utf-8-sig", errors="surrogateescape")

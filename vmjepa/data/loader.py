@@ -30,7 +30,12 @@ _JUDGED_FROM = 1000  # clips: with fewer loaded, a share of bad ones is measured
 class ClipLoader:
     """Iterates over the micro-batches of one rank: step 0 micro 0, step 0 micro 1, …, step 1 micro 0, …
 
-    Attributes: `order`; `wait_seconds` the consumer spent waiting; `loaded` and `bad` clips of this rank so far.
+    Attributes: `order`; `wait_seconds` the consumer spent waiting; `loaded` and `bad`, how many clips this loader has
+    handed out and how many others failed on the way and were replaced.
+
+    Each rank judges its own share of bad clips, bad / max(loaded, 1000), after every micro-batch. It is a function of
+    (seed, start_step, rank, world, batch_size, accumulation), so a run repeated as it was stops at the same batch; at
+    another number of ranks, or resumed elsewhere, each rank counts other clips and may stop at another step.
 
     Args:
         samples: the clips.
@@ -42,12 +47,13 @@ class ClipLoader:
         start_step, stop_step: first optimizer step, and the one to stop before (None: never).
         window_groups: shards that are shuffled together.
         workers: decode threads.
-        max_bad_fraction: share of clips that may fail.
+        max_bad_fraction: share of this rank's clips that may fail.
         min_frames: shorter videos are left out (0: their last frame is repeated).
         pin_memory: page-locked batches, for faster copies to a GPU.
 
     Raises:
-        DataError: while iterating: too many clips fail, or a shard does not hold the bytes that were packed.
+        DataError: while iterating: too many clips of this rank fail, or a shard does not hold the bytes that were
+            packed.
     """
 
     def __init__(
@@ -135,8 +141,8 @@ class ClipLoader:
         self.bad += len(batch.replaced)
         if self.bad > self._max_bad_fraction * max(self.loaded, _JUDGED_FROM):
             raise DataError(
-                f"{self.bad} of {self.loaded} clips cannot be decoded, more than data.max_bad_fraction="
-                f"{self._max_bad_fraction:g} allows; the latest: {'; '.join(batch.replaced[:3])}. "
+                f"rank {self._rank} of {self._world}: {self.bad} of its {self.loaded} clips cannot be decoded, more than "
+                f"data.max_bad_fraction={self._max_bad_fraction:g} allows; the latest: {'; '.join(batch.replaced[:3])}. "
                 "Pack the videos with `python -m tools.shard run`, which sets bad ones aside"
             )
 

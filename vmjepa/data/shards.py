@@ -22,7 +22,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from vmjepa.data.files import FileDataset
+from vmjepa.data.files import FileDataset, refuse_special
 from vmjepa.errors import DataError
 
 FORMAT = "vmjepa-shards"
@@ -51,6 +51,18 @@ MANIFEST_SCHEMA = pa.schema(
     ]
 )
 
+_SUMMARY_ENTRIES = {
+    "samples": int,
+    "frames": int,
+    "bytes": int,
+    "quarantined": dict,  # reason -> files
+    "labels": dict,  # name -> number
+    "shards": list,
+    "manifest_sha256": str,
+    "options": dict,
+}
+_JSON_NAMES = {int: "integer", str: "text", dict: "JSON object", list: "list"}
+_SHARD_ENTRIES = {"name": str, "size": int, "sha256": str, "samples": int}
 _REMEDY = "pack it again with `python -m tools.shard run`, or copy the whole folder again"
 
 
@@ -61,19 +73,38 @@ def file_sha256(path: Path) -> str:
 
 
 def read_summary(folder: Path) -> dict[str, Any]:
-    """The contents of dataset.json. Raises DataError when it is missing, damaged or of another version."""
+    """The contents of dataset.json, every entry of which is there and of its type.
+
+    Raises DataError when the file is missing, damaged, incomplete or of another version.
+    """
     path = folder / SUMMARY
+    refuse_special(path, _REMEDY)
     try:
         summary = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise DataError(f"{path} is missing: {folder} is no finished shard dataset; {_REMEDY}") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{path} cannot be read ({error}); {_REMEDY}") from None
     if not isinstance(summary, dict) or summary.get("format") != FORMAT:
         raise DataError(f"{path} does not describe a shard dataset; {_REMEDY}")
     if summary.get("version") != VERSION:
         raise DataError(f"{path} has version {summary.get('version')}, this program reads {VERSION}; pack it again")
+    _check_entries(path, "", summary, _SUMMARY_ENTRIES)
+    for i, shard in enumerate(summary["shards"]):
+        _check_entries(path, f"shards[{i}]", shard, _SHARD_ENTRIES)
     return summary
+
+
+def _check_entries(path: Path, place: str, found: Any, wanted: dict[str, type]) -> None:
+    """Raises DataError naming the first entry of `wanted` that `found`, a part of dataset.json, does not have."""
+    if not isinstance(found, dict):
+        raise DataError(f"{path}: {place} is no JSON object; {_REMEDY}")
+    for name, kind in wanted.items():
+        key = f"{place}.{name}".removeprefix(".")
+        if name not in found:
+            raise DataError(f"{path}: the entry {key} is missing; {_REMEDY}")
+        if not isinstance(found[name], kind):
+            raise DataError(f"{path}: the entry {key} is no {_JSON_NAMES[kind]}; {_REMEDY}")
 
 
 class ShardDataset:
@@ -133,6 +164,7 @@ class ShardDataset:
 
     def _read_manifest(self, summary: dict[str, Any]) -> pa.Table:
         path = self.path / MANIFEST
+        refuse_special(path, _REMEDY)
         try:
             if file_sha256(path) != summary["manifest_sha256"]:
                 raise DataError(f"{path} is not the one that {SUMMARY} was written with; {_REMEDY}")

@@ -6,6 +6,7 @@ import logging
 import os
 import signal
 import sys
+import time
 import uuid
 from pathlib import Path
 
@@ -13,6 +14,8 @@ from vmjepa.errors import EXIT_REQUEUE, ConfigError
 
 DEVICES = "VMJEPA_DEVICES"
 """Variable that names the device of each local rank, with commas."""
+LAUNCHED = "VMJEPA_LAUNCHED"
+"""Environment variable: when a launcher of several ranks began, in seconds since the epoch."""
 
 
 def is_rank() -> bool:
@@ -51,6 +54,7 @@ def launch(devices: list[str], arguments: list[str], stop_file: Path) -> int:
         signals_to_handle="SIGHUP",
     )
     os.environ[DEVICES] = ",".join(devices)
+    os.environ[LAUNCHED] = str(time.time())
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # said below, in one line
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
         signal.signal(number, lambda got, _: _ask_to_stop(got, stop_file))

@@ -6,13 +6,21 @@ import os
 import traceback
 from types import TracebackType
 
+import psutil
+
 from vmjepa.errors import UserError
+from vmjepa.launch.local import LAUNCHED
 from vmjepa.lease import Lease
 from vmjepa.run_dir import ATTEMPT, RunDir
 from vmjepa.run_status import StatusFile, record_error
 from vmjepa.train.distributed import World, from_rank_zero
 from vmjepa.train.rank_log import RankLog
 from vmjepa.train.watchdog import Watchdog
+
+
+def launch_time() -> float:
+    """When the command that started this rank began, in seconds since the epoch: later requests are meant for it."""
+    return float(os.environ.get(LAUNCHED) or psutil.Process().create_time())
 
 
 class Attempt:
@@ -52,9 +60,11 @@ class Attempt:
     def _begin(self) -> None:
         self.run.create()
         self._lease.acquire()
-        if ATTEMPT not in os.environ:  # a job script does this before it starts the ranks, and may be signalled since
-            for request in ("stop", "save"):  # left over from an earlier attempt; from here on they are for this one
-                (self.run.control / request).unlink(missing_ok=True)
+        for request in (self.run.control / "stop", self.run.control / "save"):
+            if ATTEMPT in os.environ:
+                break  # a job script has tidied up, and may have been signalled since
+            if request.exists() and request.stat().st_mtime < launch_time():  # left over from an earlier attempt
+                request.unlink(missing_ok=True)
         self.number = self.run.next_attempt()
         self._status = StatusFile(self.run, self.number)
 

@@ -71,7 +71,8 @@ def save(run: RunDir, checkpoint: Checkpoint, extra: dict[str, Any], keep: int) 
         shutil.rmtree(temporary, ignore_errors=True)
         raise storage_error(error, f"saving the checkpoint of step {checkpoint.step} to {final}") from error
     for old in _folders(run)[keep:]:
-        shutil.rmtree(old, ignore_errors=True)
+        if old != final:  # damaged ones with higher numbers must not push out the only good one
+            shutil.rmtree(old, ignore_errors=True)
     return final
 
 
@@ -99,8 +100,9 @@ def latest(run_dir: str | Path) -> Path | None:
 def verify(folder: Path) -> str | None:
     """None when all files are there with the recorded size and SHA-256, else what is wrong."""
     try:
-        files = read_json(folder / STATE)["files"]
-    except (OSError, ValueError, KeyError) as error:
+        files = dict(read_json(folder / STATE)["files"])
+        files = {name: {"size": int(entry["size"]), "sha256": entry["sha256"]} for name, entry in files.items()}
+    except (OSError, ValueError, KeyError, TypeError) as error:
         return f"{STATE} is missing or unreadable: {error}"
     for name, expected in files.items():
         path = folder / name

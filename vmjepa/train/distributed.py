@@ -48,7 +48,9 @@ def init_world(device: str | None = None) -> World:
         raise ConfigError(
             f"the environment has {', '.join(launched)} but not {missing}; start all ranks with torchrun, or unset them"
         )
-    local_rank = int(os.environ["LOCAL_RANK"])
+    rank, size, local_rank = (_whole_number(name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    if rank >= size:
+        raise ConfigError(f"RANK is {rank} but WORLD_SIZE is {size}; ranks count from 0: start them with torchrun")
     chosen = torch.device(device or (f"cuda:{local_rank}" if torch.cuda.is_available() else "cpu"))
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
@@ -89,6 +91,13 @@ def peer_lost(error: RuntimeError) -> bool:
     """True when a collective failed because another rank has ended."""
     signs = ("closed by peer", "reset by peer", "Broken pipe", "Socket Timeout", "remote process exited")
     return isinstance(error, dist.DistBackendError) or any(sign in str(error) for sign in signs)
+
+
+def _whole_number(name: str) -> int:
+    value = os.environ[name]
+    if not value.isdecimal():
+        raise ConfigError(f"the environment variable {name} is {value!r}, no whole number; start ranks with torchrun")
+    return int(value)
 
 
 def _free_port() -> str:

@@ -41,8 +41,10 @@ def target_ranks(features: Tensor) -> dict[str, float]:
     The second falling is the earliest sign of a collapse onto positions. At most 8192 tokens are used.
     """
     features = features[: max(2, _RANK_TOKENS // features.shape[1])]
-    centred = features - features.mean(dim=0, keepdim=True)
-    return {"rank": rank_me(features), "rank_content": rank_me(centred)}
+    ranks = {"rank": rank_me(features)}
+    if len(features) > 1:  # a clip alone is its own mean
+        ranks["rank_content"] = rank_me(features - features.mean(dim=0, keepdim=True))
+    return ranks
 
 
 class TokenSpread:
@@ -106,8 +108,8 @@ def keep_steps_before(path: Path, first_step: int) -> None:
     if not path.exists():
         return
     kept = []
-    for line in path.read_text().splitlines():
-        with suppress(ValueError):
+    for line in path.read_text(errors="replace").splitlines():
+        with suppress(ValueError, KeyError, TypeError):
             if json.loads(line)["step"] <= first_step:
                 kept.append(line + "\n")
     write_atomic(path, "".join(kept))

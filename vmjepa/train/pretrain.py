@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from torch import Tensor
 from vmjepa.config import PretrainConfig
 from vmjepa.data.loader import Batch, to_model_input, train_loader
 from vmjepa.data.shards import open_dataset
-from vmjepa.errors import EXIT_REQUEUE, ConfigError, PeerLostError
+from vmjepa.errors import EXIT_REQUEUE, ConfigError, DivergedError, PeerLostError
 from vmjepa.jepa import JEPA, skill_baseline
 from vmjepa.masks import GlobalMask, StepMask, draw_mask
 from vmjepa.models import build_encoder, build_predictor, decays
@@ -72,6 +73,7 @@ class Trainer:
     def __init__(self, cfg: PretrainConfig, world: World, attempt: Attempt):
         self.cfg, self.world, self.attempt = cfg, world, attempt
         self.run_dir = attempt.run
+        self.control = control.Control(self.run_dir.control, world)  # first: a stop may be asked for while we build
         self._resume_from = self._find_checkpoint()
         read = cfg.meta.read_checkpoint
         self._start_from = checkpoint.resolve(read) if read and self._resume_from is None else None
@@ -89,8 +91,7 @@ class Trainer:
         self.batches = iter(self.loader)
         self._describe_run()  # last, so that a run that cannot start leaves an earlier one as it was
         self.metrics = MetricsWriter(self.run_dir, world.rank == 0, cfg.monitor.tensorboard, self.done)
-        self.control = control.Control(self.run_dir.control, world)
-        self._replaced = 0
+        self.replaced = 0  # clips of this rank, since this start
 
     def _find_checkpoint(self) -> Path | None:
         found = checkpoint.latest(self.run_dir.root)
@@ -167,7 +168,7 @@ class Trainer:
                     state = "stopped"
                 if self.done % every == 0 or self.done == self.total or request != control.NOTHING:
                     self.save()
-        state = "done" if self.done == self.total else state
+        state = "done" if self.done >= self.total else state
         self.attempt.beat(state, self.done, self.total, values)
         return 0 if state == "done" else EXIT_REQUEUE
 
@@ -209,7 +210,7 @@ class Trainer:
         """Model input (B, 3, T, H, W) and these clips' masks: all first clips of the videos, then all second, …"""
         for message in batch.replaced:
             log.warning("%s", message)
-        self._replaced += len(batch.replaced)
+        self.replaced += len(batch.replaced)
         size, count = self.micro_batch, len(batch.clips)
         first = (batch.micro * self.world.size + self.world.rank) * size
         rows = np.tile(np.arange(first, first + size), count)
@@ -228,11 +229,14 @@ class Trainer:
             "step_seconds": seconds / steps,
             "data_wait": share,
             "memory_gib": memory_gib(self.world.device),
-            "replaced_clips": self._replaced,
         }
 
     def save(self) -> None:
-        """Publishes a checkpoint of the steps done; all ranks take part, rank 0 writes."""
+        """Publishes a checkpoint of the steps done; all ranks take part, rank 0 writes.
+
+        Raises:
+            DivergedError: when a weight is no finite number; earlier checkpoints are then intact.
+        """
         watchdog = self.attempt.watchdog
         watchdog.reach(self.done - 1, "gathering the weights after")
         model = self.engine.model_state()
@@ -240,6 +244,9 @@ class Trainer:
         state = checkpoint.Checkpoint(self.done, model, self.engine.optimizer_state())
         watchdog.reach(self.done - 1, "writing the checkpoint after")
         if self.world.rank == 0:
+            for name, value in model.items():
+                if not value.isfinite().all():
+                    raise _diverged(self.done, f"{name} is not finite", self.run_dir)
             extra = {"world_size": self.world.size, "zero_stage": self.cfg.engine.zero_stage}
             checkpoint.save(self.run_dir, state, extra, self.cfg.checkpoint.keep)
         watchdog.reach(self.done - 1, "waiting for the checkpoint after")
@@ -264,7 +271,11 @@ class Observer:
         self.features: Tensor | None = None
 
     def add(self, features: Tensor, predictions: list[Tensor], masks: list[StepMask]) -> None:
-        """One micro-batch: target features (B, N, D), predictions per mask."""
+        """One micro-batch: target features (B, N, D), predictions per mask.
+
+        The skill's baseline is the mean over this micro-batch on all ranks, so the skill (not the loss) depends a
+        little on how the global batch is cut.
+        """
         mean = sum_over_ranks(features.sum(dim=0)) / (features.shape[0] * self.trainer.world.size)
         self.baseline += skill_baseline(features, mean, masks, self.trainer.cfg.loss.loss_exp)
         self.target_spread.add(features)
@@ -274,29 +285,41 @@ class Observer:
 
     def values(self, step: int, loss: Tensor, norms: Tensor) -> dict[str, float]:
         """Metrics of the whole step, the same on all ranks but for the rank of the features (this rank's clips)."""
-        loss, baseline = sum_over_ranks(torch.stack([loss, self.baseline])).tolist()
+        trainer = self.trainer
+        mine = torch.tensor(float(trainer.replaced), device=loss.device)
+        loss, baseline, replaced = sum_over_ranks(torch.stack([loss, self.baseline, mine])).tolist()
         encoder, predictor = norms.tolist()
+        if not math.isfinite(loss + encoder + predictor):
+            found = f"loss {loss:g}, gradient norms {encoder:g} and {predictor:g}"
+            raise _diverged(step + 1, found, trainer.run_dir)
         values = {
             "loss": loss,
-            "skill": 1 - loss / baseline,
+            **({"skill": 1 - loss / baseline} if baseline > 0 else {}),  # one clip alone is its own mean
+            "replaced_clips": replaced,
             "grad_norm_encoder": encoder,
             "grad_norm_predictor": predictor,
             "grad_ratio": encoder / max(predictor, 1e-30),
             "target_variance": float(self.target_spread.variance()),
             "prediction_variance": float(self.prediction_spread.variance()),
         }
-        every = self.trainer.cfg.monitor.rank_every_steps
-        if (
-            self.features is not None
-            and (step + 1) // every > (step + 1 - self.trainer.cfg.monitor.every_steps) // every
-        ):
+        monitor = trainer.cfg.monitor
+        every = monitor.rank_every_steps
+        if self.features is not None and (step + 1) // every > (step + 1 - monitor.every_steps) // every:
             values |= target_ranks(self.features)
         return values
 
 
 def _headline(values: dict[str, float]) -> str:
-    text = "loss {loss:.4f}  skill {skill:.3f}  lr {lr:.1e}  {clips_per_s:.1f} clips/s  wait {data_wait:.0%}"
+    skill = f"  skill {values['skill']:.3f}" if "skill" in values else ""
+    text = "loss {loss:.4f}" + skill + "  lr {lr:.1e}  {clips_per_s:.1f} clips/s  wait {data_wait:.0%}"
     return text.format(**values)
+
+
+def _diverged(step: int, found: str, run: RunDir) -> DivergedError:
+    return DivergedError(
+        f"{run.root}: training has diverged by step {step} ({found}); lower optimization.lr, lengthen warmup or set "
+        "clip_grad. The last checkpoint saved is still good"
+    )
 
 
 def _changed_keys(run: RunDir, cfg: PretrainConfig) -> list[str]:
@@ -305,7 +328,12 @@ def _changed_keys(run: RunDir, cfg: PretrainConfig) -> list[str]:
 
     if not run.config.exists():
         return []
-    before: dict[str, Any] = yaml.safe_load(run.config.read_text()) or {}
+    try:
+        before = yaml.safe_load(run.config.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError):
+        before = None
+    if not isinstance(before, dict):
+        return [f"{run.config.name} was unreadable"]
     now = yaml.safe_load(cfg.to_yaml())
     changed = []
     for section in now:
