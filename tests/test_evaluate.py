@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from vmjepa.evals import video
 from vmjepa.evals.features import Arm, Looks, TokenStatistics, build_arms, find_pretrained
 from vmjepa.models import build_encoder
 from vmjepa.run_dir import RunDir
-from vmjepa.train.checkpoint import Checkpoint, save
+from vmjepa.train.checkpoint import MODEL, Checkpoint, save
 from vmjepa.train.distributed import World
 
 ALONE = World(0, 1, torch.device("cpu"))
@@ -212,6 +213,7 @@ def test_statistics_equal_those_of_all_tokens_at_once() -> None:
         pytest.param(
             ["pretrain.model_name=videomamba_tiny"], ConfigError, "trained with videomamba_custom", id="model"
         ),
+        pytest.param([f"optimization.seeds=[0,{2**63}]"], ConfigError, "seeds.*less than 4294967296", id="seed"),
         pytest.param(["optimization.resolution=20"], ConfigError, "patch size 8", id="resolution"),
         pytest.param(["data.frames_per_clip=5"], ConfigError, "tubelet size 2", id="frames"),
         pytest.param(["probe.cached_draws=1000000000"], ConfigError, "use 0 to encode", id="memory"),
@@ -227,6 +229,26 @@ def test_statistics_equal_those_of_all_tokens_at_once() -> None:
 def test_what_cannot_be_used_is_named(folder: Path, tmp_path: Path, overrides, error, message) -> None:
     with pytest.raises(error, match=message):
         video.evaluate(config(folder, tmp_path, *overrides))
+
+
+@pytest.mark.parametrize("device", ["cuda:99", "gpu", "cpu cpu"])
+def test_devices_that_are_not_there_are_named(folder: Path, tmp_path: Path, device: str) -> None:
+    with pytest.raises(ConfigError, match=device):
+        video.evaluate(config(folder, tmp_path), device)
+
+
+@pytest.mark.parametrize("damage", ["flipped", "truncated", "empty"])
+def test_named_checkpoint_is_verified(folder: Path, tmp_path: Path, damage: str) -> None:
+    """One byte of the weights flipped, half of them missing, or all: a sentence, where the newest would be taken."""
+    whole = folder / "run/checkpoints/step_00000007"
+    broken = folder / f"run/checkpoints/{damage}"
+    shutil.copytree(whole, broken)
+    data = bytearray((broken / MODEL).read_bytes())
+    data[-5] ^= 1
+    (broken / MODEL).write_bytes({"flipped": data, "truncated": data[: len(data) // 2], "empty": b""}[damage])
+    with pytest.raises(CheckpointError, match=rf"{damage} does not verify \({MODEL}"):
+        find_pretrained(config(folder, tmp_path, f"pretrain.checkpoint={damage}"))
+    assert find_pretrained(config(folder, tmp_path, f"pretrain.checkpoint={whole.name}")).checkpoint == whole
 
 
 def test_labels_are_checked_before_anything_is_encoded(folder: Path, tmp_path: Path) -> None:

@@ -29,6 +29,7 @@ from vmjepa.evals.features import Arm, Encoder, Looks, build_arms, find_pretrain
 from vmjepa.evals.probe_loop import EpochResult, Head, adamw, train_probes
 from vmjepa.evals.report import Chance, ProbeResult, as_json, as_table
 from vmjepa.evals.sources import FreshTrain, FreshValidation, Videos, cache_train, cache_validation, fit_statistics
+from vmjepa.launch.local import check_devices
 from vmjepa.models import AttentiveClassifier, LinearProbe, VisionTransformer
 from vmjepa.run_dir import write_atomic
 from vmjepa.train.distributed import World, init_world
@@ -47,6 +48,8 @@ def evaluate(cfg: EvalConfig, device: str | None = None) -> dict[str, Any]:
     """
     if cfg.eval_name != "video_classification_frozen":
         raise ConfigError(f"eval_name: {cfg.eval_name} is not supported yet; use video_classification_frozen")
+    if device is not None:
+        check_devices([device])
     if cfg.optimization.threads_per_rank:
         torch.set_num_threads(cfg.optimization.threads_per_rank)
     return Evaluation(cfg, _world(device)).run()
