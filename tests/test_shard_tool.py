@@ -135,8 +135,11 @@ def test_auto_layout(tmp_path: Path, files: list[str], kind: str) -> None:
             "bad", r"none of the 2 files could be packed \(not a video: 1, empty file: 1; for ex", id="all-bad"
         ),
         pytest.param("bad.csv", r"row 1: label 'x' is not an integer", id="bad-csv"),
+        pytest.param("pipe.mp4", r"pipe\.mp4 is no regular file .*; give a CSV", id="pipe"),
+        pytest.param("/dev/zero", r"/dev/zero is no regular file", id="device"),
     ],
 )
+@pytest.mark.timeout(30)
 def test_unusable_input(tmp_path: Path, source: str, says: str) -> None:
     """Nothing to pack: one sentence, and no output is left."""
     (tmp_path / "empty").mkdir()
@@ -144,9 +147,21 @@ def test_unusable_input(tmp_path: Path, source: str, says: str) -> None:
     (tmp_path / "bad" / "a.mp4").write_text("no video")
     (tmp_path / "bad" / "b.mp4").touch()
     (tmp_path / "bad.csv").write_text("a.mp4 x\n")
+    os.mkfifo(tmp_path / "pipe.mp4")
     with pytest.raises(DataError, match=says):
         pack(tmp_path / source, tmp_path / "out", PackOptions(shuffle=False))
     assert not (tmp_path / "out").exists()
+
+
+def test_output_that_is_the_input(tmp_path: Path) -> None:
+    """Packing a folder into itself is refused as that, also by another name, and nothing is written."""
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.webm").write_bytes(make_clip())
+    (tmp_path / "link").symlink_to("in")
+    for output in ("in", "link"):
+        with pytest.raises(DataError, match="is both the input and the output; give another folder"):
+            pack(tmp_path / "in", tmp_path / output, PackOptions())
+    assert os.listdir(tmp_path / "in") == ["a.webm"]
 
 
 # --- what decides the bytes -----------------------------------------------------------------------------------------
@@ -199,6 +214,30 @@ def test_encoding_keeps_frames_and_turns_upright(tmp_path: Path) -> None:
             assert float(a.time) == pytest.approx(float(b.time), abs=0.001)
             upright = np.rot90(b.to_ndarray(format="rgb24")).astype(int)
             assert np.abs(a.to_ndarray(format="rgb24") - upright).mean() < 6
+
+
+@pytest.mark.parametrize(("codec", "encoder"), [("hevc", "libx265"), ("av1", "libsvtav1")])
+def test_encoder_that_refuses_a_clip(tmp_path: Path, codec: str, encoder: str) -> None:
+    """A picture too small for an encoder is refused with FFmpeg's words, and the worker goes on to the next clip."""
+    folder = tmp_path / "in"
+    folder.mkdir()
+    (folder / "a_good.webm").write_bytes(make_clip())
+    for width in (1, 2):
+        _write_tiny(folder / f"b_{width}.mkv", width)
+    (folder / "c_good.webm").write_bytes(make_clip())
+    pack(folder, tmp_path / "out", PackOptions(shuffle=False, encode=EncodeOptions(codec)), workers=1)
+    assert {name: (row["reason"], row["detail"]) for name, row in quarantine(tmp_path / "out").items()} == {
+        f"b_{width}.mkv": ("encoder error", f"{encoder}, from {width}x1 pixels: Invalid argument") for width in (1, 2)
+    }
+    assert len(ShardDataset(tmp_path / "out")) == 2
+
+
+def _write_tiny(path: Path, width: int) -> None:
+    with av.open(path, "w") as container:
+        stream = container.add_stream("ffv1", rate=10)
+        stream.width, stream.height, stream.pix_fmt = width, 1, "gray"
+        container.mux(stream.encode(av.VideoFrame.from_ndarray(np.zeros((1, width), np.uint8), format="gray")))
+        container.mux(stream.encode(None))
 
 
 def _write_rotated(path: Path, video: bytes, degrees: int) -> None:
