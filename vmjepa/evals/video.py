@@ -14,7 +14,6 @@ import json
 import os
 import sys
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,6 +24,7 @@ from vmjepa.config import EvalConfig
 from vmjepa.data.samples import Samples
 from vmjepa.data.shards import open_dataset
 from vmjepa.errors import ConfigError, DataError, storage_error
+from vmjepa.evals.earlier import CONFIG, PROBES, RESULTS, identity, output_folder, protect_results, saved_state
 from vmjepa.evals.features import Arm, Encoder, Looks, build_arms, find_pretrained
 from vmjepa.evals.probe_loop import EpochResult, Head, adamw, train_probes
 from vmjepa.evals.report import Chance, ProbeResult, as_json, as_table
@@ -37,7 +37,6 @@ from vmjepa.train.progress import TrainProgress
 from vmjepa.train.schedules import Schedule
 
 _HEAD_DIM = 64  # width of an attention head that the probe aims at where neither config nor encoder says
-PROBES, RESULTS = "probes.pt", "results.json"
 
 
 def evaluate(cfg: EvalConfig, device: str | None = None) -> dict[str, Any]:
@@ -55,11 +54,6 @@ def evaluate(cfg: EvalConfig, device: str | None = None) -> dict[str, Any]:
     return Evaluation(cfg, _world(device)).run()
 
 
-def output_folder(cfg: EvalConfig) -> Path:
-    """Where an evaluation writes."""
-    return Path(cfg.pretrain.folder) / "evals" / (cfg.tag or cfg.eval_name)
-
-
 class Evaluation:
     """One rank's part of an evaluation."""
 
@@ -69,6 +63,7 @@ class Evaluation:
         self.train_samples = _samples(cfg, "dataset_train")
         self.validation_samples = _samples(cfg, "dataset_val")
         self.pretrained = find_pretrained(cfg)
+        protect_results(self.out, cfg, self.pretrained)
         self.arms = build_arms(cfg, self.pretrained, world)
         self.heads = build_heads(cfg, self.arms, world)
         self.last: EpochResult | None = None
@@ -76,7 +71,7 @@ class Evaluation:
     def run(self) -> dict[str, Any]:
         """Trains and validates all probes."""
         cfg, lead = self.cfg, self.world.rank == 0
-        state = self._saved_state() if cfg.resume_checkpoint else None
+        state = saved_state(self.out, cfg, self.pretrained, self.world.device) if cfg.resume_checkpoint else None
         first = self._restore(state) if state else 0
         self._open_output(first)
         train, validation = self._sources(state)
@@ -106,7 +101,7 @@ class Evaluation:
             self.out.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise storage_error(error, f"creating {self.out}") from error
-        write_atomic(self.out / "config.yaml", self.cfg.to_yaml())
+        write_atomic(self.out / CONFIG, self.cfg.to_yaml())
         from torch.utils.tensorboard import SummaryWriter
 
         self._board = SummaryWriter(str(self.out / "tensorboard"), purge_step=first_epoch + 1)
@@ -174,7 +169,7 @@ class Evaluation:
         """probes.pt: enough to continue after this epoch, and the trained probes at the end."""
         state = {
             "config": self.cfg.to_yaml(),
-            "checkpoint": str(self.pretrained.checkpoint),
+            "checkpoint": identity(self.pretrained),
             "epochs": result.epoch + 1,
             "result": vars(result),
             "statistics": [arm.statistics for arm in self.arms] if self.cfg.probe.standardize else None,
@@ -183,15 +178,6 @@ class Evaluation:
         buffer = io.BytesIO()
         torch.save(state, buffer)
         write_atomic(self.out / PROBES, buffer.getvalue())
-
-    def _saved_state(self) -> dict[str, Any] | None:
-        """The state to resume, or None when there is none or it belongs to another config or checkpoint."""
-        path = self.out / PROBES
-        if not path.is_file():
-            return None
-        state = torch.load(path, map_location=self.world.device, weights_only=True)
-        same = (state["config"], state["checkpoint"]) == (self.cfg.to_yaml(), str(self.pretrained.checkpoint))
-        return state if same else None
 
     def _report(self) -> dict[str, Any]:
         assert self.last is not None
@@ -214,6 +200,7 @@ class Evaluation:
         report = {
             "run": str(self.cfg.pretrain.folder),
             "checkpoint": self.pretrained.checkpoint.name,
+            "checkpoint_sha256": identity(self.pretrained)["sha256"],
             "encoder": self.pretrained.config.model.model_name,
             "train_videos": len(self.train_samples),
             "validation_videos": len(self.validation_samples),
