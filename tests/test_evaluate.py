@@ -182,6 +182,31 @@ def test_only_the_same_evaluation_is_resumed(folder: Path, tmp_path: Path, monke
     assert epochs_of(cfg, monkeypatch) == [1]
 
 
+@pytest.mark.parametrize("draws", [0, 2], ids=["fresh", "cached"])
+def test_replaced_clips_are_reported(folder: Path, tmp_path: Path, draws: int, monkeypatch, caplog, capsys) -> None:
+    """One of ten training videos is broken: each of its two clips is named, and counted, over an interruption too."""
+    rows = []
+    for i in range(10):
+        path = tmp_path / f"{i}.webm"
+        path.write_bytes((folder / f"train/class{i % 2}/{i}.webm").read_bytes() if i != 3 else b"no video")
+        rows.append(f"{path} {i % 2}\n")
+    (tmp_path / "train.csv").write_text("".join(rows))
+    common = (
+        *QUICK,
+        f"probe.cached_draws={draws}",
+        f"data.dataset_train={tmp_path}/train.csv",
+        "optimization.batch_size=5",
+    )
+    cfg = config(folder, tmp_path, *common, "optimization.num_epochs=2", "resume_checkpoint=true")
+    assert epochs_of(cfg, monkeypatch, stop_after=0) == [0]
+    caplog.clear()
+    report = video.evaluate(cfg)
+    assert report["replaced_clips"] == 2
+    assert "another's in their place: 2" in " ".join(capsys.readouterr().out.split())
+    named = [r.getMessage() for r in caplog.records if "3.webm" in r.getMessage() and r.levelname == "WARNING"]
+    assert len(named) == (2 if draws else 1)  # cached clips are made again, fresh ones of the first epoch are not
+
+
 def test_damaged_probes_are_named(folder: Path, tmp_path: Path) -> None:
     """A flipped byte anywhere, a truncated, an empty and a foreign file: one sentence with a remedy, never a state."""
     cfg = config(folder, tmp_path, *QUICK)

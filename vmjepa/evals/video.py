@@ -133,7 +133,8 @@ class Evaluation:
                 arm.statistics = tuple(statistics)
         elif cfg.probe.standardize:
             fit_statistics(train)
-        return FreshTrain(train), FreshValidation(validation)
+        before = self.last.replaced if self.last and self.world.rank == 0 else 0
+        return FreshTrain(train, before), FreshValidation(validation)
 
     def _check_memory(self, train: Looks, validation: Looks) -> None:
         draws = self.cfg.probe.cached_draws
@@ -204,6 +205,7 @@ class Evaluation:
             "encoder": self.pretrained.config.model.model_name,
             "train_videos": len(self.train_samples),
             "validation_videos": len(self.validation_samples),
+            "replaced_clips": self.last.replaced,
             "epochs": self.cfg.optimization.num_epochs,
         } | as_json(results, chance)
         if self.world.rank == 0:
@@ -212,7 +214,9 @@ class Evaluation:
                 f"accuracy on {len(self.validation_samples)} validation videos, mean ± deviation over "
                 f"{len(self.cfg.optimization.seeds)} probe seeds"
             )
-            Console(width=None if sys.stdout.isatty() else 110).print(as_table(results, chance, title))
+            Console(width=None if sys.stdout.isatty() else 110).print(
+                as_table(results, chance, title, self.last.replaced)
+            )
             print(f"results: {self.out / RESULTS}")
         return report
 
