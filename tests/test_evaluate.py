@@ -360,3 +360,11 @@ def test_labels_are_checked_before_anything_is_encoded(folder: Path, tmp_path: P
         rows.write_text("".join(f"{path} {label if i == 2 else i % 2}\n" for i, path in enumerate(paths)))
         with pytest.raises(DataError, match=message):
             video.evaluate(config(folder, tmp_path, f"data.dataset_val={rows}"))
+
+
+def test_classes_that_are_numbered_differently_are_refused(folder: Path, tmp_path: Path) -> None:
+    """A class folder missing from one packing shifts the numbers of the others: a wrong accuracy without a warning."""
+    shutil.copytree(folder / "val/class1", tmp_path / "videos/class1")
+    pack(tmp_path / "videos", tmp_path / "shards", PackOptions())
+    with pytest.raises(DataError, match="label 0 means 'class0' and 'class1'"):
+        video.evaluate(config(folder, tmp_path, f"data.dataset_val={tmp_path / 'shards'}"), "cpu")

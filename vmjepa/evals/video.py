@@ -62,6 +62,7 @@ class Evaluation:
         self.out = output_folder(cfg)
         self.train_samples = _samples(cfg, "dataset_train")
         self.validation_samples = _samples(cfg, "dataset_val")
+        _check_same_classes(self.train_samples, self.validation_samples)
         self.pretrained = find_pretrained(cfg)
         protect_results(self.out, cfg, self.pretrained)
         self.arms = build_arms(cfg, self.pretrained, world)
@@ -273,6 +274,20 @@ def _samples(cfg: EvalConfig, key: str) -> Samples:
             "a probe needs labels 0 … num_classes - 1: label the videos, or correct data.num_classes"
         )
     return samples
+
+
+def _check_same_classes(*sets: Samples) -> None:
+    """Class folders are numbered anew in every packing, so a class missing from one of them shifts its numbers."""
+    names: dict[int, set[str]] = {}
+    for samples in sets:
+        for label, found in samples.class_names().items():
+            names.setdefault(label, set()).update(found)
+    for label, found in sorted(names.items()):
+        if len(found) > 1:
+            raise DataError(
+                f"label {label} means {' and '.join(map(repr, sorted(found)))} in the datasets of this evaluation; "
+                "pack all of them from folders with the same classes, or from CSVs that number the classes alike"
+            )
 
 
 def _world(device: str | None) -> World:
