@@ -26,7 +26,7 @@ if [ "$(cat "$venv/.ready" 2>/dev/null)" = "$state" ]; then
 fi
 
 say() { printf 'set-up: %s\n' "$*"; }
-say "installing the packages of $pins into $venv (about 3 GB; once)"
+say "installing the packages of $pins into $venv (2.4 GB with a CPU build of torch; minutes, once)"
 rm -f "$venv/.ready"
 # a venv that a moved folder or a removed Python has broken is made anew
 if ! "$venv/bin/python" -c 'import pip' 2>/dev/null; then

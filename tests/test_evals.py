@@ -63,7 +63,7 @@ def heads(count: int = 1, seeds: Sequence[int] = (0,)) -> list[Head]:
 
 def train_source(tokens: Sequence[Tensor], labels: Tensor, batch: int, accumulation: int = 1, world: World = ALONE):
     order = Order(np.zeros(len(labels), np.int64), seed=3, window_groups=1)
-    return CachedTrain(tokens, labels.expand(len(tokens[0]), -1), order, batch, accumulation, world)
+    return CachedTrain(tokens, labels.expand(len(tokens[0]), -1), order, batch, accumulation, world, replaced=3)
 
 
 def train(
@@ -220,6 +220,7 @@ def test_two_ranks_equal_one(monkeypatch) -> None:
         torch.testing.assert_close(part[0].probe.linear.weight, whole[0].probe.linear.weight, rtol=1e-5, atol=1e-6)
         assert (result.correct, result.total) == (expected.correct, expected.total)
         assert result.train_accuracy == expected.train_accuracy
+        assert result.replaced == expected.replaced == 3  # both ranks hold the same clips
         assert result.train_loss == pytest.approx(expected.train_loss, rel=1e-5)
 
 

@@ -115,7 +115,7 @@ def _socket(path: Path) -> None:
     [
         pytest.param(os.mkfifo, id="pipe"),
         pytest.param(_socket, id="socket"),
-        pytest.param(lambda path: path.symlink_to("/dev/zero"), id="device"),
+        pytest.param(lambda path: path.symlink_to("/dev/null"), id="device"),
     ],
 )
 def test_special_files_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make) -> None:  # type: ignore[no-untyped-def]

@@ -141,7 +141,8 @@ class Demo:
         self._step("Probing the frozen encoder, and a random one beside it")
         if self.results.is_file():
             console.print(f"done before: {self.results}")
-            console.print(as_table(*from_json(read_json(self.results)), title=""))
+            report = read_json(self.results)
+            console.print(as_table(*from_json(report), title="", replaced=report["replaced_clips"]))
             return
         overrides = [
             f"pretrain.folder={self.run_dir}",

@@ -87,7 +87,7 @@ class EvalOptimizationSection(Section):
     """Ours. Range of a training crop's share of the frame's area."""
     random_resize_aspect_ratio: PositiveRange = (0.75, 1.33)
     """Ours. Range of a training crop's width over height."""
-    seeds: list[Annotated[int, Field(ge=0)]] = Field(default=[0], min_length=1)
+    seeds: list[Annotated[int, Field(ge=0, lt=2**32)]] = Field(default=[0], min_length=1)
     """Ours. The probe is trained once per seed; mean and spread are reported."""
     threads_per_rank: Count | None = None
     """Ours. CPU threads of each rank (null: PyTorch's choice). Small models run best on one."""

@@ -43,12 +43,14 @@ def list_input(path: Path, layout: str, exclude: Path) -> Listing:
 
     layout: "classes" (the first folder level names the class; classes are numbered in sorted order), "flat" (no labels,
     all levels), or "auto": flat when videos lie at the top or there are no subfolders, otherwise classes.
-    Raises DataError: no such input, nothing in it, a CSV that cannot be read.
+    Raises DataError: no such input, nothing in it, a CSV that cannot be read, `path` and `exclude` are one folder.
     """
     if not path.exists():
         raise DataError(f"{path}: no such file or folder; give a CSV of `path label` rows or a folder with videos")
     if not path.is_dir():
         return Listing("csv", _csv_clips(path))
+    if path.resolve() == exclude.resolve():
+        raise DataError(f"{path} is both the input and the output; give another folder for the shards")
     names = sorted(_walk(path, exclude.resolve()))
     if not names:
         raise DataError(f"{path} holds no files; give a CSV of `path label` rows or a folder with videos")

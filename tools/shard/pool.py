@@ -18,6 +18,7 @@ COMMAND = [sys.executable, "-P", "-m", "tools.shard.worker"]
 TIMED_OUT = "time-out"
 CRASHED = "decoder crashed"
 _AHEAD = 32  # answers per worker that may wait for a slower clip before them
+_ENDING_SECONDS = 5  # that a worker may take to end, once its output is closed
 _ATTEMPTS = 2  # a worker may also die of something else: the kernel's out-of-memory killer, an operator
 
 
@@ -126,6 +127,8 @@ class WorkerPool:
         """Removes a worker that ended; says how."""
         self._selector.unregister(worker.output)
         self._workers.remove(worker)
+        with suppress(subprocess.TimeoutExpired):  # killing it at once would hide how it ends
+            worker.process.wait(_ENDING_SECONDS)
         worker.stop()
         code = worker.process.returncode
         if not worker.ready:

@@ -18,6 +18,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import av
+
 from tools.shard.encode import CODECS, EncodeOptions, encode
 from vmjepa.data.probe_video import DECODER_ERROR, TOO_LARGE, UNREADABLE, BadClipError, ClipInfo, open_clip, probe
 from vmjepa.data.shard_writer import MAX_CLIP_BYTES
@@ -44,10 +46,11 @@ def prove(task: dict[str, Any]) -> dict[str, Any]:
         video.seek(0)
         try:
             encode(video, clip, Path(path), options)
-        except OSError as error:
+        except (OSError, av.FFmpegError) as error:  # not all of FFmpeg's errors are OSErrors
             if error.errno in _STORAGE_ERRORS:
                 raise
-            raise BadClipError(ENCODER_ERROR, error.strerror or str(error)) from None
+            what = f"{CODECS[options.codec].encoder}, from {clip.width}x{clip.height} pixels"
+            raise BadClipError(ENCODER_ERROR, f"{what}: {error.strerror or error}") from None
     with open_clip(path) as video:
         encoded = probe(video)
         if encoded.frames != clip.frames:

@@ -141,8 +141,9 @@ class ClipLoader:
         self.bad += len(batch.replaced)
         if self.bad > self._max_bad_fraction * max(self.loaded, _JUDGED_FROM):
             raise DataError(
-                f"rank {self._rank} of {self._world}: {self.bad} of its {self.loaded} clips cannot be decoded, more than "
-                f"data.max_bad_fraction={self._max_bad_fraction:g} allows; the latest: {'; '.join(batch.replaced[:3])}. "
+                f"rank {self._rank} of {self._world}: {self.bad} of its {self.loaded} clips cannot be decoded, more "
+                f"than data.max_bad_fraction={self._max_bad_fraction:g} allows; "
+                f"the latest: {'; '.join(batch.replaced[:3])}. "
                 "Pack the videos with `python -m tools.shard run`, which sets bad ones aside"
             )
 

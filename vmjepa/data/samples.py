@@ -52,6 +52,14 @@ class Samples:
     def __len__(self) -> int:
         return len(self._row)
 
+    def class_names(self) -> dict[int, set[str]]:
+        """Names of each label, from the datasets that know them (shards of class folders); two names are a conflict."""
+        names: dict[int, set[str]] = {}
+        for dataset in self._datasets:
+            for name, label in dataset.label_names.items():
+                names.setdefault(label, set()).add(name)
+        return names
+
     def _where(self, sample: int) -> tuple[Dataset, int]:
         return self._datasets[self._dataset[sample]], int(self._row[sample])
 

@@ -121,7 +121,7 @@ def find_pretrained(cfg: EvalConfig) -> Pretrained:
 
     Raises:
         ConfigError: `folder` is no run directory, or its run had another model than the one named here.
-        CheckpointError: the run has no such checkpoint, or none that verifies.
+        CheckpointError: the run has no such checkpoint, it does not verify, or none does.
     """
     run = RunDir(cfg.pretrain.folder)
     if not run.config.is_file():
@@ -141,6 +141,12 @@ def find_pretrained(cfg: EvalConfig) -> Pretrained:
         found = ", ".join(sorted(path.name for path in run.checkpoints.glob("step_*"))) or "none"
         raise CheckpointError(
             f"pretrain.checkpoint: {run.checkpoints} holds no {cfg.pretrain.checkpoint}; it holds: {found}"
+        )
+    fault = checkpoint.verify(folder / cfg.pretrain.checkpoint)
+    if fault is not None:
+        raise CheckpointError(
+            f"pretrain.checkpoint: {folder / cfg.pretrain.checkpoint} does not verify ({fault}); "
+            "name another one, or none to take the newest that verifies"
         )
     return Pretrained(trained, folder / cfg.pretrain.checkpoint)
 

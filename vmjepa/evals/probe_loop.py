@@ -31,6 +31,8 @@ class TrainSource(Protocol):
     """Training videos as tokens, endlessly reshuffled."""
 
     steps_per_epoch: int
+    replaced: int
+    """Clips of this rank that could not be decoded and had another's put in their place, so far."""
 
     def steps(self, start: int) -> Generator[list[TokenBatch]]:
         """Micro-batches of this rank for optimizer step `start`, `start` + 1, …"""
@@ -56,13 +58,17 @@ class Head:
 
 @dataclass(frozen=True)
 class EpochResult:
-    """What an epoch gave for each head, summed over all ranks. Counts are videos; train_* are running figures."""
+    """What an epoch gave for each head, summed over all ranks. Counts are videos; train_* are running figures.
+
+    replaced: training clips, since the first epoch, that could not be decoded and had another's put in their place.
+    """
 
     epoch: int
     train_loss: list[float]
     train_accuracy: list[float]
     correct: list[int]
     total: int
+    replaced: int = 0
 
 
 def adamw(probe: nn.Module, weight_decay: float) -> torch.optim.AdamW:
@@ -93,7 +99,8 @@ def train_probes(
             numbers = range(epoch * train.steps_per_epoch, (epoch + 1) * train.steps_per_epoch)
             loss, accuracy = _train_epoch(heads, steps, numbers, schedule, world, bfloat16, on_step)
             correct, total = count_correct(heads, validation, world, bfloat16)
-            on_epoch(EpochResult(epoch, loss, accuracy, correct, total))
+            replaced = int(sum_over_ranks_of(world, torch.tensor(train.replaced, device=world.device)))
+            on_epoch(EpochResult(epoch, loss, accuracy, correct, total, replaced))
 
 
 def _train_epoch(

@@ -107,11 +107,15 @@ def from_json(report: Mapping[str, Any]) -> tuple[list[ProbeResult], Chance]:
     return results, Chance(**report["chance"])
 
 
-def as_table(results: Sequence[ProbeResult], chance: Chance, title: str) -> Table:
-    """Pretrained beside random, a row per probe kind and input, validation accuracy in per cent."""
+def as_table(results: Sequence[ProbeResult], chance: Chance, title: str, replaced: int = 0) -> Table:
+    """Pretrained beside random, a row per probe kind and input, validation accuracy in per cent.
+
+    Below it the number of training clips that were `replaced` because they could not be decoded, where not 0.
+    """
     rows = {(row["probe"], row["single_frame"], row["encoder"]): row for row in summarize(results)}
     encoders = list(dict.fromkeys(encoder for _, _, encoder in rows))
-    table = Table(title=title, title_justify="left")
+    note = f"training clips that could not be decoded, another's in their place: {replaced}" if replaced else None
+    table = Table(title=title, title_justify="left", caption=note, caption_justify="left")
     table.add_column("probe")
     table.add_column("sees")
     for encoder in encoders:

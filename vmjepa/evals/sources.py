@@ -6,6 +6,7 @@ being the videos of one step over all ranks, and a cached source answers epoch e
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -18,11 +19,13 @@ from vmjepa.data.decode import Decoder
 from vmjepa.data.eval_loader import eval_batches
 from vmjepa.data.loader import ClipLoader, open_decoder
 from vmjepa.data.order import Order
+from vmjepa.data.reader import Batch
 from vmjepa.data.samples import Samples
 from vmjepa.evals.features import Arm, Looks, TokenStatistics
 from vmjepa.evals.probe_loop import TokenBatch
 from vmjepa.train.distributed import World
 
+log = logging.getLogger(__name__)
 STATISTICS_CLIPS = 2048  # training videos from which mean and deviation of the tokens are taken
 
 
@@ -98,10 +101,10 @@ class Videos:
 
 
 class FreshTrain:
-    """Training clips drawn, decoded and encoded anew in every epoch."""
+    """Training clips drawn, decoded and encoded anew in every epoch. replaced: those before a resumed one's start."""
 
-    def __init__(self, videos: Videos) -> None:
-        self._videos = videos
+    def __init__(self, videos: Videos, replaced: int = 0) -> None:
+        self._videos, self.replaced = videos, replaced
         optimization = videos.cfg.optimization
         global_batch = optimization.batch_size * optimization.accumulation_steps * videos.world.size
         self.steps_per_epoch = max(1, len(videos.samples) // global_batch)
@@ -112,6 +115,7 @@ class FreshTrain:
         with self._videos.train_loader(start, None, accumulation, self._videos.world) as loader:
             while True:
                 batches = [next(loader) for _ in range(accumulation)]
+                self.replaced += sum(_report_replaced(batch) for batch in batches)
                 yield [self._videos.standardized(batch.clips, batch.labels) for batch in batches]
 
 
@@ -135,12 +139,21 @@ class CachedTrain:
         labels: int64 (K, n), of the videos whose clips these are (a clip that fails is replaced by another video's).
         order: the shuffled stream of the n videos.
         batch_size: videos per rank and micro-batch; `accumulation` micro-batches make a step.
+        replaced: clips among these that took the place of one that fails. Ranks hold the same ones: counted on rank 0.
     """
 
     def __init__(
-        self, tokens: Sequence[Tensor], labels: Tensor, order: Order, batch_size: int, accumulation: int, world: World
+        self,
+        tokens: Sequence[Tensor],
+        labels: Tensor,
+        order: Order,
+        batch_size: int,
+        accumulation: int,
+        world: World,
+        replaced: int = 0,
     ) -> None:
         self._tokens, self._labels, self._order = tokens, labels, order
+        self.replaced = replaced if world.rank == 0 else 0
         self._batch_size, self._accumulation, self._world = batch_size, accumulation, world
         self.steps_per_epoch = max(1, len(order) // (batch_size * accumulation * world.size))
 
@@ -181,8 +194,18 @@ def _statistics_steps(videos: Videos, world: World) -> int:
     return max(1, min(len(videos.samples), STATISTICS_CLIPS) // share)
 
 
+def _report_replaced(batch: Batch) -> int:
+    """Warns of a batch's clips that could not be decoded; returns their number."""
+    for message in batch.replaced:
+        log.warning("%s", message)
+    return len(batch.replaced)
+
+
 def fit_statistics(videos: Videos) -> None:
-    """Gives every arm mean and deviation of its tokens over the first training clips of the shuffled order."""
+    """Gives every arm mean and deviation of its tokens over the first training clips of the shuffled order.
+
+    Clips replaced here are reported when training comes to them, in its first epoch.
+    """
     sums = [TokenStatistics() for _ in videos.arms]
     with videos.train_loader(0, _statistics_steps(videos, videos.world), 1, videos.world) as loader:
         for batch in loader:
@@ -201,12 +224,14 @@ def cache_train(videos: Videos, draws: int, on_step: Callable[[int], None]) -> C
     alone, cfg = replace(videos.world, rank=0, size=1), videos.cfg
     n, size = len(videos.samples), cfg.optimization.batch_size
     fitting = _statistics_steps(videos, alone) if cfg.probe.standardize else 0
-    steps = -(-draws * n // size)
+    steps, replaced = -(-draws * n // size), 0
     sums = [TokenStatistics() for _ in videos.arms]
     tokens: list[Tensor] = []
     labels = torch.empty(draws, n, dtype=torch.int64)
     with videos.train_loader(0, steps, 1, alone) as loader:
         for batch in loader:
+            if videos.world.rank == 0:  # all ranks read the same clips
+                replaced += _report_replaced(batch)
             count = min(size, draws * n - batch.step * size)
             place = batch.step * size, count
             draw, video = (torch.from_numpy(f(*place)) for f in (loader.order.epochs, loader.order.ids))
@@ -225,7 +250,7 @@ def cache_train(videos: Videos, draws: int, on_step: Callable[[int], None]) -> C
             arm.statistics = statistics.mean_and_deviation(alone)
             for draw_tokens in raw:  # one draw at a time: a second copy of all would double the memory
                 draw_tokens.copy_(arm.standardize(draw_tokens))
-    return CachedTrain(tokens, labels, order, size, cfg.optimization.accumulation_steps, videos.world)
+    return CachedTrain(tokens, labels, order, size, cfg.optimization.accumulation_steps, videos.world, replaced)
 
 
 def cache_validation(videos: Videos) -> CachedValidation:

@@ -14,7 +14,6 @@ import json
 import os
 import sys
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,10 +24,12 @@ from vmjepa.config import EvalConfig
 from vmjepa.data.samples import Samples
 from vmjepa.data.shards import open_dataset
 from vmjepa.errors import ConfigError, DataError, storage_error
+from vmjepa.evals.earlier import CONFIG, PROBES, RESULTS, identity, output_folder, protect_results, saved_state
 from vmjepa.evals.features import Arm, Encoder, Looks, build_arms, find_pretrained
 from vmjepa.evals.probe_loop import EpochResult, Head, adamw, train_probes
 from vmjepa.evals.report import Chance, ProbeResult, as_json, as_table
 from vmjepa.evals.sources import FreshTrain, FreshValidation, Videos, cache_train, cache_validation, fit_statistics
+from vmjepa.launch.local import check_devices
 from vmjepa.models import AttentiveClassifier, LinearProbe, VisionTransformer
 from vmjepa.run_dir import write_atomic
 from vmjepa.train.distributed import World, init_world
@@ -36,7 +37,6 @@ from vmjepa.train.progress import TrainProgress
 from vmjepa.train.schedules import Schedule
 
 _HEAD_DIM = 64  # width of an attention head that the probe aims at where neither config nor encoder says
-PROBES, RESULTS = "probes.pt", "results.json"
 
 
 def evaluate(cfg: EvalConfig, device: str | None = None) -> dict[str, Any]:
@@ -47,14 +47,11 @@ def evaluate(cfg: EvalConfig, device: str | None = None) -> dict[str, Any]:
     """
     if cfg.eval_name != "video_classification_frozen":
         raise ConfigError(f"eval_name: {cfg.eval_name} is not supported yet; use video_classification_frozen")
+    if device is not None:
+        check_devices([device])
     if cfg.optimization.threads_per_rank:
         torch.set_num_threads(cfg.optimization.threads_per_rank)
     return Evaluation(cfg, _world(device)).run()
-
-
-def output_folder(cfg: EvalConfig) -> Path:
-    """Where an evaluation writes."""
-    return Path(cfg.pretrain.folder) / "evals" / (cfg.tag or cfg.eval_name)
 
 
 class Evaluation:
@@ -65,7 +62,9 @@ class Evaluation:
         self.out = output_folder(cfg)
         self.train_samples = _samples(cfg, "dataset_train")
         self.validation_samples = _samples(cfg, "dataset_val")
+        _check_same_classes(self.train_samples, self.validation_samples)
         self.pretrained = find_pretrained(cfg)
+        protect_results(self.out, cfg, self.pretrained)
         self.arms = build_arms(cfg, self.pretrained, world)
         self.heads = build_heads(cfg, self.arms, world)
         self.last: EpochResult | None = None
@@ -73,7 +72,7 @@ class Evaluation:
     def run(self) -> dict[str, Any]:
         """Trains and validates all probes."""
         cfg, lead = self.cfg, self.world.rank == 0
-        state = self._saved_state() if cfg.resume_checkpoint else None
+        state = saved_state(self.out, cfg, self.pretrained, self.world.device) if cfg.resume_checkpoint else None
         first = self._restore(state) if state else 0
         self._open_output(first)
         train, validation = self._sources(state)
@@ -103,7 +102,7 @@ class Evaluation:
             self.out.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise storage_error(error, f"creating {self.out}") from error
-        write_atomic(self.out / "config.yaml", self.cfg.to_yaml())
+        write_atomic(self.out / CONFIG, self.cfg.to_yaml())
         from torch.utils.tensorboard import SummaryWriter
 
         self._board = SummaryWriter(str(self.out / "tensorboard"), purge_step=first_epoch + 1)
@@ -135,7 +134,8 @@ class Evaluation:
                 arm.statistics = tuple(statistics)
         elif cfg.probe.standardize:
             fit_statistics(train)
-        return FreshTrain(train), FreshValidation(validation)
+        before = self.last.replaced if self.last and self.world.rank == 0 else 0
+        return FreshTrain(train, before), FreshValidation(validation)
 
     def _check_memory(self, train: Looks, validation: Looks) -> None:
         draws = self.cfg.probe.cached_draws
@@ -171,7 +171,7 @@ class Evaluation:
         """probes.pt: enough to continue after this epoch, and the trained probes at the end."""
         state = {
             "config": self.cfg.to_yaml(),
-            "checkpoint": str(self.pretrained.checkpoint),
+            "checkpoint": identity(self.pretrained),
             "epochs": result.epoch + 1,
             "result": vars(result),
             "statistics": [arm.statistics for arm in self.arms] if self.cfg.probe.standardize else None,
@@ -180,15 +180,6 @@ class Evaluation:
         buffer = io.BytesIO()
         torch.save(state, buffer)
         write_atomic(self.out / PROBES, buffer.getvalue())
-
-    def _saved_state(self) -> dict[str, Any] | None:
-        """The state to resume, or None when there is none or it belongs to another config or checkpoint."""
-        path = self.out / PROBES
-        if not path.is_file():
-            return None
-        state = torch.load(path, map_location=self.world.device, weights_only=True)
-        same = (state["config"], state["checkpoint"]) == (self.cfg.to_yaml(), str(self.pretrained.checkpoint))
-        return state if same else None
 
     def _report(self) -> dict[str, Any]:
         assert self.last is not None
@@ -211,9 +202,11 @@ class Evaluation:
         report = {
             "run": str(self.cfg.pretrain.folder),
             "checkpoint": self.pretrained.checkpoint.name,
+            "checkpoint_sha256": identity(self.pretrained)["sha256"],
             "encoder": self.pretrained.config.model.model_name,
             "train_videos": len(self.train_samples),
             "validation_videos": len(self.validation_samples),
+            "replaced_clips": self.last.replaced,
             "epochs": self.cfg.optimization.num_epochs,
         } | as_json(results, chance)
         if self.world.rank == 0:
@@ -222,7 +215,9 @@ class Evaluation:
                 f"accuracy on {len(self.validation_samples)} validation videos, mean ± deviation over "
                 f"{len(self.cfg.optimization.seeds)} probe seeds"
             )
-            Console(width=None if sys.stdout.isatty() else 110).print(as_table(results, chance, title))
+            Console(width=None if sys.stdout.isatty() else 110).print(
+                as_table(results, chance, title, self.last.replaced)
+            )
             print(f"results: {self.out / RESULTS}")
         return report
 
@@ -279,6 +274,20 @@ def _samples(cfg: EvalConfig, key: str) -> Samples:
             "a probe needs labels 0 … num_classes - 1: label the videos, or correct data.num_classes"
         )
     return samples
+
+
+def _check_same_classes(*sets: Samples) -> None:
+    """Class folders are numbered anew in every packing, so a class missing from one of them shifts its numbers."""
+    names: dict[int, set[str]] = {}
+    for samples in sets:
+        for label, found in samples.class_names().items():
+            names.setdefault(label, set()).update(found)
+    for label, found in sorted(names.items()):
+        if len(found) > 1:
+            raise DataError(
+                f"label {label} means {' and '.join(map(repr, sorted(found)))} in the datasets of this evaluation; "
+                "pack all of them from folders with the same classes, or from CSVs that number the classes alike"
+            )
 
 
 def _world(device: str | None) -> World:

@@ -6,6 +6,7 @@ import logging
 import os
 import signal
 import sys
+import tempfile
 import time
 import uuid
 from pathlib import Path
@@ -40,26 +41,29 @@ def launch(devices: list[str], arguments: list[str], stop_file: Path) -> int:
     Returns:
         0 when all ranks succeed, else the exit code of the rank that failed first (85 stays 85, 93 stays 93).
     """
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=len(devices),
-        run_id=uuid.uuid4().hex,
-        rdzv_backend="c10d",
-        rdzv_endpoint="127.0.0.1:0",
-        max_restarts=0,
-        signals_to_handle="SIGHUP",
-    )
     os.environ[DEVICES] = ",".join(devices)
     os.environ[LAUNCHED] = str(time.time())
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # said below, in one line
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
         signal.signal(number, lambda got, _: _ask_to_stop(got, stop_file))
     try:
-        elastic_launch(config, sys.executable)("-m", "vmjepa.cli", *arguments)
+        with tempfile.TemporaryDirectory(prefix="vmjepa-launch-") as scratch:
+            config = LaunchConfig(
+                min_nodes=1,
+                max_nodes=1,
+                nproc_per_node=len(devices),
+                run_id=uuid.uuid4().hex,
+                rdzv_backend="c10d",
+                rdzv_endpoint="127.0.0.1:0",
+                max_restarts=0,
+                signals_to_handle="SIGHUP",
+                logs_specs=DefaultLogsSpecs(log_dir=scratch),
+            )
+            elastic_launch(config, sys.executable)("-m", "vmjepa.cli", *arguments)
     except ChildFailedError as failure:
         rank, first = failure.get_first_failure()
         code = first.exitcode

@@ -17,6 +17,7 @@ import os
 import platform
 import signal
 import sys
+import tempfile
 from pathlib import Path
 
 from vmjepa.errors import EXIT_NEVER_RETRY, EXIT_REQUEUE
@@ -52,25 +53,28 @@ def main(arguments: list[str] | None = None) -> int:
 
 def launch(nodes: int, ranks: int, head: str, number: int, logs: Path, command: list[str]) -> tuple[int, str]:
     """Starts this node's ranks, waits for them all, and returns (exit code, reason in one line)."""
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    config = LaunchConfig(
-        min_nodes=nodes,
-        max_nodes=nodes,
-        nproc_per_node=ranks,
-        # one id per start, so that a late process of the attempt before cannot join
-        run_id="-".join(os.environ.get(name, "0") for name in ("SLURM_JOB_ID", "SLURM_RESTART_COUNT")),
-        rdzv_backend="c10d",
-        rdzv_endpoint=head,
-        # without it the nodes guess from their host names who serves, and may all wait for each other
-        rdzv_configs={"is_host": number == 0},
-        max_restarts=0,
-        signals_to_handle="SIGHUP",
-    )
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # said below, in one line
     try:
-        elastic_launch(config, sys.executable)("-m", "vmjepa.launch.rank", *command)
+        with tempfile.TemporaryDirectory(prefix="vmjepa-launch-") as scratch:
+            config = LaunchConfig(
+                min_nodes=nodes,
+                max_nodes=nodes,
+                nproc_per_node=ranks,
+                # one id per start, so that a late process of the attempt before cannot join
+                run_id="-".join(os.environ.get(name, "0") for name in ("SLURM_JOB_ID", "SLURM_RESTART_COUNT")),
+                rdzv_backend="c10d",
+                rdzv_endpoint=head,
+                # without it the nodes guess from their host names who serves, and may all wait for each other
+                rdzv_configs={"is_host": number == 0},
+                max_restarts=0,
+                signals_to_handle="SIGHUP",
+                logs_specs=DefaultLogsSpecs(log_dir=scratch),
+            )
+            elastic_launch(config, sys.executable)("-m", "vmjepa.launch.rank", *command)
     except ChildFailedError as failure:
         codes = {rank: child.exitcode for rank, child in failure.failures.items()}
         rank = telling_rank(codes, failure.get_first_failure()[0])

@@ -11,6 +11,8 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -26,7 +28,7 @@ from vmjepa.errors import EXIT_REQUEUE, ConfigError, DivergedError, PeerLostErro
 from vmjepa.jepa import JEPA, skill_baseline
 from vmjepa.masks import GlobalMask, StepMask, draw_mask
 from vmjepa.models import build_encoder, build_predictor, decays
-from vmjepa.run_dir import RunDir, provenance, write_atomic
+from vmjepa.run_dir import RunDir, provenance, read_json, write_atomic
 from vmjepa.run_status import failures_shown
 from vmjepa.train import checkpoint, control
 from vmjepa.train.attempt import Attempt
@@ -46,12 +48,29 @@ def pretrain(cfg: PretrainConfig, device: str | None = None) -> int:
     Raises:
         UserError: config, data, checkpoint or disk that cannot be used.
     """
+    if _is_done(cfg):
+        if os.environ.get("RANK", "0") == "0":
+            print(f"{cfg.logging.folder} is done: all {cfg.total_steps} steps; nothing to do", file=sys.stderr)
+        return 0
     if cfg.engine.threads_per_rank:
         torch.set_num_threads(cfg.engine.threads_per_rank)
     with failures_shown(cfg.logging.folder):
         world = init_world(device)
     with Attempt(RunDir(cfg.logging.folder), world, cfg.monitor.hang_seconds) as attempt:
         return _train(cfg, world, attempt)
+
+
+def _is_done(cfg: PretrainConfig) -> bool:
+    """True when the run directory holds a finished run of at least as many steps: it is then left as it is."""
+    run = RunDir(cfg.logging.folder)
+    if not cfg.meta.load_checkpoint or not run.status.is_file():
+        return False
+    try:
+        status = read_json(run.status)
+        finished = status["state"] == "done" and status["step"] >= cfg.total_steps
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+    return finished and checkpoint.latest(run.root) is not None
 
 
 def _train(cfg: PretrainConfig, world: World, attempt: Attempt) -> int:
@@ -166,8 +185,13 @@ class Trainer:
                 request = self.control.poll()
                 if request == control.STOP and self.done < self.total:
                     state = "stopped"
+                    progress.say(f"asked to stop: saving step {self.done}")
                 if self.done % every == 0 or self.done == self.total or request != control.NOTHING:
                     self.save()
+            if state == "stopped":
+                progress.say(f"saved step {self.done}; the same command continues from there")
+            else:
+                progress.say(f"done: step {self.done}, {self.run_dir.checkpoints}/step_{self.done:08d}")
         state = "done" if self.done >= self.total else state
         self.attempt.beat(state, self.done, self.total, values)
         return 0 if state == "done" else EXIT_REQUEUE
