@@ -61,7 +61,10 @@ def pretrain(cfg: PretrainConfig, device: str | None = None) -> int:
 
 
 def _is_done(cfg: PretrainConfig) -> bool:
-    """True when the run directory holds a finished run of at least as many steps: it is then left as it is."""
+    """True when the run directory holds a finished run of this model and data, of at least as many steps.
+
+    It is then left as it is. Where model or data differ, the ordinary start says what is wrong.
+    """
     run = RunDir(cfg.logging.folder)
     if not cfg.meta.load_checkpoint or not run.status.is_file():
         return False
@@ -70,7 +73,8 @@ def _is_done(cfg: PretrainConfig) -> bool:
         finished = status["state"] == "done" and status["step"] >= cfg.total_steps
     except (OSError, ValueError, KeyError, TypeError):
         return False
-    return finished and checkpoint.latest(run.root) is not None
+    other = [key for key in _changed_keys(run, cfg) if key.startswith(("model.", "data.", "config.yaml"))]
+    return finished and not other and checkpoint.latest(run.root) is not None
 
 
 def _train(cfg: PretrainConfig, world: World, attempt: Attempt) -> int:
