@@ -249,7 +249,9 @@ def _findings(results: dict[str, Any]) -> list[str]:
             found, chance = 100 * row["mean"], 100 * results["chance"]["uniform"]
             lines.append(f"one frame only     {row['probe']} {found:.0f} %, guessing {chance:.0f} %")
     if not any(found.startswith("better") for found in results["verdict"].values()):
-        lines.append("No gain over a random encoder: expected of a run this short, and no evidence about longer ones.")
+        worse = any(found.startswith("worse") for found in results["verdict"].values())
+        what = "Worse than a random encoder" if worse else "No gain over a random encoder"
+        lines.append(f"{what}: small runs like this one do that; it is no evidence about longer ones.")
     return lines
 
 
