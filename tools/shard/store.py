@@ -33,6 +33,7 @@ from vmjepa.data.shards import (
     read_summary,
 )
 from vmjepa.errors import DataError
+from vmjepa.run_dir import sync_folder
 
 CLIPS_SHA256 = "clips_sha256"  # the entry of a plan that stands for the list of clips
 _REFUSED_COLUMNS = ("path", "row", "label", "reason", "detail")
@@ -42,15 +43,6 @@ _NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)
 def shard_name(number: int) -> str:
     """File name of a shard without extension."""
     return f"shard-{number:06d}"
-
-
-def sync_folder(folder: Path) -> None:
-    """Makes the names in a folder durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 class Store:
